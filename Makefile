@@ -1,0 +1,43 @@
+# make setup   .venv with everything that the tests and the demo use
+# make test    set-up, then the tests that this machine can run
+# make demo    set-up, then the whole path on a small model: train, convert, recover, reload, split over processes
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup test lint demo wheel clean
+
+setup: $(STAMP)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) is missing or older than Python 3.10; install one, or name it: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo "$(PYTHON) cannot make virtual environments; install its venv package (Debian: apt install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Bytecode is left to the first import: compiling all of torch and transformers takes longer than the rest of the set-up.
+$(STAMP): pyproject.toml setup.py constraints-dev.txt $(wildcard csrc/*) | $(BIN)/python
+	$(BIN)/python -m pip install --no-compile --disable-pip-version-check -c constraints-dev.txt -e '.[dev]'
+	@touch $@
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+demo: setup
+	$(BIN)/farskip demo --output demo --overwrite
+
+# build/ is emptied first: setuptools would pack modules that have been removed since.
+wheel: setup
+	rm -rf build
+	$(BIN)/python -m pip wheel --no-deps --disable-pip-version-check -w dist .
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info farskip_fused/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find farskip_fused kernels bench tests -name __pycache__ -prune -exec rm -rf {} +

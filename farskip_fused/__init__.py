@@ -1,0 +1,62 @@
+"""FarSkip-Collective at kernel level: expert-parallel MoE layers whose communication is hidden.
+
+Everything public is here; modules load when a name is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from farskip_fused.connectivity import Connectivity
+    from farskip_fused.conversion import convert, load, parallelize, revert
+    from farskip_fused.distillation import distill
+    from farskip_fused.errors import PeerTimeout, UsageError
+    from farskip_fused.moe import FusedExperts, FusedMoE
+    from farskip_fused.symmetric import SymmetricMemory, init
+
+_HOMES = {
+    "Connectivity": "connectivity",
+    "convert": "conversion",
+    "revert": "conversion",
+    "load": "conversion",
+    "parallelize": "conversion",
+    "distill": "distillation",
+    "init": "symmetric",
+    "SymmetricMemory": "symmetric",
+    "FusedExperts": "moe",
+    "FusedMoE": "moe",
+    "PeerTimeout": "errors",
+    "UsageError": "errors",
+}
+
+__all__ = [
+    "Connectivity",
+    "FusedExperts",
+    "FusedMoE",
+    "PeerTimeout",
+    "SymmetricMemory",
+    "UsageError",
+    "__version__",
+    "convert",
+    "distill",
+    "init",
+    "load",
+    "parallelize",
+    "revert",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("farskip-fused")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

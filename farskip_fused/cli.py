@@ -1,0 +1,155 @@
+"""The ``farskip`` command: signatures and help only; a command imports what it runs inside its body."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from farskip_fused.errors import UsageError
+
+app = typer.Typer(
+    name="farskip",
+    help="FarSkip for mixture-of-experts models: convert, distil, run expert-parallel, measure.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# The base of all wrong command lines. Typer does not export it: it is click's in older releases, its own in newer ones.
+CommandLineError = cast(type[typer.BadParameter], typer.BadParameter.__base__)
+
+
+def _checked_json_path(path: Path | None) -> Path | None:
+    """Refuses a path that cannot be written before the work of a command is done, not after."""
+    if path is not None and not path.parent.is_dir():
+        raise UsageError(f"--json {path}: the directory {path.parent} does not exist; create it or name another.")
+    if path is not None and path.is_dir():
+        raise UsageError(f"--json {path} is a directory; name a file.")
+    return path
+
+
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", callback=_checked_json_path, help="Write the result to FILE as JSON."),
+]
+
+
+def write_json(path: Path | None, report: Any) -> None:
+    """What every command does with its ``json_file: JsonFile = None``: write ``report`` there if a file was named."""
+    if path is not None:
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import farskip_fused
+
+        typer.echo(f"farskip-fused {farskip_fused.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """FarSkip for mixture-of-experts models: convert, distil, run expert-parallel, measure."""
+
+
+@app.command()
+def doctor(json_file: JsonFile = None) -> None:
+    """Say what is installed, what does not fit together, and the command that mends it."""
+    from rich.console import Console
+
+    from farskip_fused.doctor import examine
+    from farskip_fused.doctor.rendering import render
+
+    with Console(stderr=True).status("Looking around"):
+        report = examine()
+    render(report)
+    write_json(json_file, report.to_dict())
+    raise typer.Exit(0 if report.usable else 1)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Directory of a checkpoint of a supported model family.")],
+    target: Annotated[Path | None, typer.Argument(help="Directory to make; may be left out with --check.")] = None,
+    connectivity: Annotated[str, typer.Option(help="farskip, attention_only, moe_only or standard.")] = "farskip",
+    layers: Annotated[str, typer.Option(help='"all", "last:75%", "first:4", "4:20" or indices "0,2,5".')] = "all",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TARGET if it exists.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare names and shapes of all tensors with the model's; alone: SOURCE's.")
+    ] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Make a FarSkip checkpoint from a stock one. Only config.json changes; weights are linked, not rewritten."""
+    if target is None and not check:
+        raise UsageError("Name a TARGET directory, or give --check to examine SOURCE.")
+    from farskip_fused.conversion import command
+
+    write_json(json_file, command.run(source, target, connectivity, layers, overwrite=overwrite, check=check))
+
+
+bench = typer.Typer(help="Microbenchmarks of the kernels; they need a GPU.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("experts")
+def bench_experts(
+    shapes: Annotated[list[str] | None, typer.Argument(help="Named shapes; all by default.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the rank.")] = 4096,
+    json_file: JsonFile = None,
+) -> None:
+    """Time the expert layer on one rank beside dense cuBLAS and torch's grouped_mm."""
+    from farskip_fused.bench import experts as room
+
+    reports = room.run(shapes or list(room.SHAPES), tokens)
+    room.render(reports)
+    write_json(json_file, reports)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A named layer shape, such as deepseek-v2-lite.")],
+    cluster: Annotated[str, typer.Option(help="Named rates of a GPU and its link.")] = "h100-nvlink4",
+    ranks: Annotated[int, typer.Option(help="Expert-parallel ranks.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Tokens a GPU.")] = 32768,
+    sequence: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 4096,
+    figure: Annotated[Path | None, typer.Option(help="Write the timeline to this PNG or SVG.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Predict a layer's forward time, standard against FarSkip, from its schedule and roofline durations."""
+    from farskip_fused import plan as room
+
+    report = room.predict(model, cluster, ranks=ranks, tokens=tokens, sequence=sequence, figure=figure)
+    typer.echo(room.sentence(report))
+    write_json(json_file, report)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Exit code 2 and one sentence on stderr for bad input, 130 for an interrupt."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        # Without standalone mode typer returns the code of typer.Exit and raises the rest.
+        result = app(args=arguments or ["--help"], prog_name="farskip", standalone_mode=False)
+    except UsageError as error:
+        _refuse(str(error))
+    except CommandLineError as error:
+        _refuse(error.format_message())
+    except typer.Abort:
+        sys.exit(130)
+    sys.exit(result if isinstance(result, int) else 0)
+
+
+def _refuse(message: str) -> None:
+    typer.echo(f"farskip: {' '.join(message.split())}", err=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Models and checkpoints of transformers' MoE families to FarSkip connectivity and back.
+
+Importing this package registers the types of converted checkpoints with transformers' Auto classes.
+"""
+
+from farskip_fused.errors import UsageError
+
+try:
+    import transformers  # noqa: F401
+except ModuleNotFoundError as error:
+    raise UsageError("Conversion needs transformers; run: pip install 'farskip-fused[hf]'.") from error
+
+from farskip_fused.conversion.checkpoints import check_checkpoint, convert_checkpoint, load
+from farskip_fused.conversion.families import FAMILIES
+from farskip_fused.conversion.models import register
+from farskip_fused.conversion.parallelize import parallelize
+from farskip_fused.conversion.rewiring import as_teacher, connectivity_of, convert, moe_blocks, revert
+
+__all__ = [
+    "FAMILIES",
+    "as_teacher",
+    "check_checkpoint",
+    "connectivity_of",
+    "convert",
+    "convert_checkpoint",
+    "load",
+    "moe_blocks",
+    "parallelize",
+    "revert",
+]
+
+register()

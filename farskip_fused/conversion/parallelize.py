@@ -1,0 +1,64 @@
+"""The experts of a transformers model onto expert parallelism."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+
+from farskip_fused.conversion.rewiring import moe_blocks
+from farskip_fused.errors import UsageError
+from farskip_fused.moe import FusedExperts
+from farskip_fused.symmetric import SymmetricMemory
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def parallelize(model: Model, symmetric_memory: SymmetricMemory, *, max_tokens: int = 4096) -> Model:
+    """Replace the experts of every MoE block by this rank's share of them, in place; returns the model. Collective.
+
+    model: a supported transformers model, stock or converted, with the same weights on every rank. Router and shared
+        experts stay as they are. max_tokens: most tokens that any rank passes through a layer at once.
+    Afterwards a block's ``experts`` is a ``FusedExperts``: parameters ``w13`` and ``w2`` of the local experts, whose
+    gradients sum over the tokens of all ranks; those of all other parameters are of this rank's tokens and are yours to
+    reduce.
+    Raises UsageError, with the model unchanged, if the experts do not divide over the ranks, have another activation
+    than SiLU or lie on another device, or if the model is parallel already; TypeError for a dtype without kernels.
+    """
+    blocks = [cast(Any, block) for _, block in moe_blocks(model)]
+    if not blocks:
+        raise UsageError(f"The {type(model).__name__} has no MoE block to parallelize.")
+    for block in blocks:
+        _check(block.experts, symmetric_memory)
+    fused = [_share(block, symmetric_memory, max_tokens) for block in blocks]
+    for block, experts in zip(blocks, fused, strict=True):
+        block.experts = experts
+        experts.setup()
+    return model
+
+
+def _check(experts: nn.Module, memory: SymmetricMemory) -> None:
+    if isinstance(experts, FusedExperts):
+        raise UsageError("The model's experts are parallel already; parallelize a model once.")
+    activation = getattr(experts, "act_fn", None)
+    if not isinstance(activation, nn.SiLU) and type(activation).__name__ != "SiLUActivation":
+        raise UsageError(f"The experts use {type(activation).__name__}; the kernels compute SiLU only.")
+    device = cast(torch.Tensor, experts.gate_up_proj).device
+    if device != memory.device:
+        raise UsageError(f"The experts are on {device} and the symmetric memory is on {memory.device}; move the model.")
+
+
+def _share(block: Any, memory: SymmetricMemory, max_tokens: int) -> FusedExperts:
+    experts = block.experts
+    num_experts, hidden_size, intermediate_size = experts.down_proj.shape
+    top_k = int(block.gate.top_k if hasattr(block.gate, "top_k") else block.top_k)
+    share = FusedExperts(
+        hidden_size, intermediate_size, num_experts, top_k,
+        ep=memory, max_tokens=max_tokens, dtype=experts.down_proj.dtype,
+    )  # fmt: skip
+    for ours, theirs in ((share.w13, experts.gate_up_proj), (share.w2, experts.down_proj)):
+        with torch.no_grad():
+            ours.copy_(theirs.chunk(memory.world)[memory.rank])
+        ours.requires_grad_(theirs.requires_grad)
+    return share

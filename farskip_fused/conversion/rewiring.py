@@ -1,0 +1,107 @@
+"""Between stock and FarSkip connectivity, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+from torch import nn
+
+from farskip_fused.connectivity import Connectivity, parse_layers
+from farskip_fused.conversion.layers import FarSkipLayer, unwire, wire
+from farskip_fused.conversion.models import FarSkipConfig, FarSkipModel, checked_model, decoder_layers, replace_config
+from farskip_fused.conversion.record import to_record
+from farskip_fused.conversion.verification import verify_layers
+from farskip_fused.errors import UsageError
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def convert(
+    model: Model, connectivity: str | Connectivity = "farskip", layers: str | int | Iterable[int] = "all"
+) -> Model:
+    """Gives layers of a transformers ``...ForCausalLM`` another connectivity, in place, and returns the model.
+
+    connectivity: a ``Connectivity`` or its name: farskip, attention_only, moe_only, standard.
+    layers: ``"all"``, ``"last:75%"``, ``"first:4"``, ``"4:20"`` or indices; all other layers get standard connectivity.
+
+    Parameters keep their names, order, shapes and values. A converted model may be converted again, at any time: only
+    the last call counts. With standard connectivity the model is bit-equal to the stock one.
+    Raises UsageError for an unsupported family or model, an unknown connectivity and wrong layers, with the model
+    unchanged; TypeError if ``model`` is not a transformers model.
+    """
+    checked, family = checked_model(model)
+    decoder = decoder_layers(checked)
+    chosen = Connectivity.named(connectivity)
+    converted = parse_layers(layers, len(decoder))
+    record = to_record(chosen, converted)
+    if isinstance(checked, FarSkipModel):
+        wire(decoder, family, chosen, converted)
+        checked.config.farskip = record
+        return model
+    verify_layers(decoder, family)
+    replace_config(checked, FarSkipConfig.of(type(checked.config)), farskip=record)
+    checked.__class__ = FarSkipModel.of(type(checked))
+    wire(decoder, family, chosen, converted)
+    return model
+
+
+def revert(model: Model) -> Model:
+    """Makes a converted model the stock model again, classes and configuration, in place; a stock model stays as it is.
+
+    Raises UsageError if the model or a layer was given a further class after ``convert``, for example by FSDP.
+    """
+    checked, _ = checked_model(model)
+    if not isinstance(checked, FarSkipModel):
+        return model
+    if "stock_class" not in vars(type(checked)):
+        raise UsageError(f"The model has class {type(checked).__name__}, put on it after convert; revert before that.")
+    unwire(decoder_layers(checked))
+    replace_config(checked, cast(Any, type(checked.config)).stock_class, farskip=None)
+    checked.__class__ = type(checked).stock_class
+    return model
+
+
+def connectivity_of(model: nn.Module) -> list[Connectivity]:
+    """What each decoder layer runs now; standard in all layers of a stock model. Wrapped models are looked into."""
+    layers = _farskip_layers(model)
+    if layers:
+        return [layer.connectivity for layer in layers]
+    return [Connectivity.standard()] * len(decoder_layers(checked_model(model)[0]))
+
+
+@contextmanager
+def as_teacher(model: Model) -> Iterator[Model]:
+    """Within it every layer runs standard connectivity, bit-equal to the stock model; restored on exit.
+
+    Wrapped models are looked into. With activation checkpointing, a backward pass that recomputes a layer must run on
+    the same side of the ``with`` as its forward pass. What ``save_pretrained`` writes does not change.
+    """
+    layers = _farskip_layers(model)
+    if not layers:
+        raise UsageError(f"The {type(model).__name__} has no FarSkip layers; convert the model first.")
+    before = [layer.connectivity for layer in layers]
+    try:
+        for layer in layers:
+            layer._connectivity = Connectivity.standard()
+        yield model
+    finally:
+        for layer, connectivity in zip(layers, before, strict=True):
+            layer._connectivity = connectivity
+
+
+def moe_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Name and module of every MoE block of a supported model, stock or converted, in the order of the layers.
+
+    Each has ``gate`` and ``experts``, as transformers builds them with ``experts.gate_up_proj`` [E, 2I, H] and
+    ``experts.down_proj`` [E, H, I].
+    """
+    checked, _ = checked_model(model)
+    blocks = [layer.mlp for layer in decoder_layers(checked) if hasattr(layer.mlp, "experts")]
+    names = {id(module): name for name, module in checked.named_modules()}
+    return [(names[id(block)], cast(nn.Module, block)) for block in blocks]
+
+
+def _farskip_layers(model: nn.Module) -> list[FarSkipLayer]:
+    return [module for module in model.modules() if isinstance(module, FarSkipLayer)]

@@ -1,0 +1,149 @@
+"""Start several ranks on this machine, each with symmetric memory; for tests, benchmarks and the demo.
+
+On CPU the ranks are processes over shared memory. On a GPU they are NVSHMEM processing elements, one a GPU where there
+are enough, otherwise side by side on GPU 0 under a private MPS daemon, each with its share of the SMs.
+Training and serving start their ranks with torchrun or the engine instead, and call ``farskip_fused.init``.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from farskip_fused import mps
+
+
+class RankFailed(RuntimeError):
+    """A rank raised or died; the message holds its traceback or exit code."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a rank: its result, or its error and traceback; both None if it died without a word."""
+
+    result: Any = None
+    error: str | None = None
+    traceback: str | None = None
+    finished: bool = False
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    world: int,
+    *args: Any,
+    device: str = "cpu",
+    limit: float = 300.0,
+    wait_timeout: float = 60.0,
+) -> list[Any]:
+    """Call ``function(memory, *args)`` on ``world`` ranks and return their results in order.
+
+    device: "cpu" or "cuda". limit: seconds after which the ranks are killed. wait_timeout: that of the memory.
+    function and args must be picklable (a function of a module). Raises RankFailed if a rank does not return.
+    """
+    outcomes = run_ranks_unchecked(function, world, *args, device=device, limit=limit, wait_timeout=wait_timeout)
+    for rank, outcome in enumerate(outcomes):
+        if outcome.error is not None:
+            raise RankFailed(f"Rank {rank} of {world} raised {outcome.error}\n{outcome.traceback}")
+    for rank, outcome in enumerate(outcomes):
+        if not outcome.finished:
+            raise RankFailed(f"Rank {rank} of {world} died or was still running after {limit:g} s.")
+    return [outcome.result for outcome in outcomes]
+
+
+def run_ranks_unchecked(
+    function: Callable[..., Any],
+    world: int,
+    *args: Any,
+    device: str = "cpu",
+    limit: float = 300.0,
+    wait_timeout: float = 60.0,
+) -> list[Outcome]:
+    """As ``run_ranks``, for ranks that are meant to fail: returns what became of each."""
+    context = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="farskip-ranks-")))
+        environment = _environment(world, device, stack)
+        processes, pipes = [], []
+        for rank in range(world):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_rank_main,
+                args=(rank, world, str(folder / "store"), environment, device, wait_timeout, sender, function, args),
+            )
+            process.start()
+            sender.close()
+            processes.append(process)
+            pipes.append(receiver)
+        deadline = time.monotonic() + limit
+        try:
+            return [_outcome(pipe, deadline) for pipe in pipes]
+        finally:
+            for process in processes:
+                process.join(timeout=max(0.0, min(10.0, deadline - time.monotonic())))
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+
+
+def _outcome(pipe: Any, deadline: float) -> Outcome:
+    try:
+        if pipe.poll(max(0.0, deadline - time.monotonic())):
+            return pipe.recv()
+    except EOFError:
+        pass
+    return Outcome()
+
+
+def _environment(world: int, device: str, stack: ExitStack) -> dict[str, str]:
+    if device != "cuda":
+        return {}
+    import torch
+
+    if world <= torch.cuda.device_count():
+        return {}
+    return {
+        **stack.enter_context(mps.private_daemon()),
+        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(100 // world),
+    }
+
+
+def _rank_main(
+    rank: int,
+    world: int,
+    store: str,
+    environment: dict[str, str],
+    device: str,
+    wait_timeout: float,
+    pipe: Any,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    os.environ.update(environment)
+    import torch
+    import torch.distributed as dist
+
+    import farskip_fused as ff
+
+    try:
+        if device == "cuda":
+            torch.cuda.set_device(rank if world <= torch.cuda.device_count() else 0)
+        else:
+            torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+        memory = ff.init(device=device, timeout=wait_timeout)
+        pipe.send(Outcome(result=function(memory, *args), finished=True))
+        if memory.status.read() is None:  # after a lost peer, closing together would wait for it again
+            memory.close()
+    except BaseException as error:
+        pipe.send(Outcome(error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc(), finished=True))
+    pipe.close()
+    # Interpreters that tear down CUDA, NVSHMEM and gloo in arbitrary order may hang, and nothing is left to do.
+    os._exit(0)

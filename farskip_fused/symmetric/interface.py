@@ -1,0 +1,89 @@
+"""What every backend of symmetric memory offers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from farskip_fused.errors import PeerTimeout, UsageError
+from farskip_fused.kernels import protocol
+
+
+class SymmetricBuffer(NamedTuple):
+    """A buffer of the same size at every rank.
+
+    memory: [nbytes] uint8, this rank's part, zeros at first.
+    addresses: base address of each rank's part, as this rank reaches it by load and store.
+    """
+
+    memory: Tensor
+    addresses: list[int]
+
+
+class SymmetricMemory(ABC):
+    """Memory that all ranks of a group can store to; made by ``farskip_fused.init``.
+
+    Attributes: backend (name), rank, world, device, timeout (seconds a wait may last).
+    """
+
+    backend: str
+
+    def __init__(self, rank: int, world: int, device: torch.device, timeout: float) -> None:
+        from farskip_fused._C import StatusBlock
+
+        self.rank, self.world, self.device, self.timeout = rank, world, device, timeout
+        self.status = StatusBlock()
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # the context must exist before memory is mapped into it
+            self.status.map_for_device()
+        self.buffers: dict[Any, Any] = {}  # slots by shape, see slots.py
+
+    @abstractmethod
+    def allocate(self, nbytes: int) -> SymmetricBuffer:
+        """Allocate ``nbytes`` of zeros at every rank; collective, in the same order with the same sizes."""
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Wait on the host until every rank is here."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free everything; collective where the backend needs it. Tensors over the memory must not be used again."""
+
+    def check(self) -> None:
+        """Raise what a kernel has reported so far: PeerTimeout, or UsageError for an expert id out of range.
+
+        Costs one read of host memory. Kernels run asynchronously on a GPU, so the report of a wait that expires later
+        comes with a later check; ``synchronize`` waits for it.
+        """
+        if self.status.read() is None:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # every wait is bounded; afterwards the whole report is there
+        report = self.status.read()
+        assert report is not None
+        if report["code"] == protocol.CODE_EXPERT_OUT_OF_RANGE.value:
+            raise UsageError(
+                f"Rank {report['rank']} was given expert id {report['seen']} and there are {report['expected']} "
+                f"experts; ids must be from 0 to {report['expected'] - 1}, or -1 for not routed."
+            )
+        if report["code"] == protocol.CODE_REPEATED_EXPERT.value:
+            raise UsageError(
+                f"Rank {report['rank']} received {report['seen']} expert entries where distinct experts give at most "
+                f"{report['expected']}; the top-k expert ids of a token must differ from each other."
+            )
+        phase = protocol.PHASE_NAMES[report["phase"]]
+        raise PeerTimeout(
+            f"Rank {report['rank']} waited {self.timeout:g} s for rank {report['peer']} in phase '{phase}' of epoch "
+            f"{report['epoch']}: expected {report['expected']}, seen {report['seen']}. "
+            "Either that rank is gone or late, or the ranks do not issue the same calls in the same order."
+        )
+
+    def synchronize(self) -> None:
+        """Wait for the device, then ``check``."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.check()

@@ -1,0 +1,59 @@
+"""Processes of one machine on CPU: every rank maps every rank's POSIX shared memory."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.distributed as dist
+
+from farskip_fused.errors import UsageError
+from farskip_fused.symmetric.interface import SymmetricBuffer, SymmetricMemory
+
+DIRECTORY = Path("/dev/shm")
+
+
+class SharedMemory(SymmetricMemory):
+    backend = "shm"
+
+    def __init__(self, group: dist.ProcessGroup, timeout: float) -> None:
+        self.group = group
+        super().__init__(dist.get_rank(group), dist.get_world_size(group), torch.device("cpu"), timeout)
+        # Mappings of the peers live as long as the memory itself; kernels know them by address only.
+        self._mapped: list[torch.UntypedStorage] = []
+
+    def allocate(self, nbytes: int) -> SymmetricBuffer:
+        free = os.statvfs(DIRECTORY)
+        if nbytes * self.world > free.f_bavail * free.f_frsize:
+            raise UsageError(
+                f"{self.world} ranks need {nbytes * self.world} bytes of shared memory and {DIRECTORY} has "
+                f"{free.f_bavail * free.f_frsize} left; lower max_tokens or enlarge {DIRECTORY}."
+            )
+        path = DIRECTORY / f"farskip-{uuid.uuid4().hex}"
+        own = _map(path, nbytes)
+        try:
+            paths: list[str] = [""] * self.world
+            dist.all_gather_object(paths, str(path), group=self.group)
+            storages = [own if rank == self.rank else _map(Path(peer), nbytes) for rank, peer in enumerate(paths)]
+            self.barrier()
+        finally:
+            # Nothing is left behind, whoever is killed later: the mappings keep the memory alive without its name.
+            path.unlink()
+        self._mapped += storages
+        memory = torch.empty(0, dtype=torch.uint8).set_(own)
+        return SymmetricBuffer(memory, [storage.data_ptr() for storage in storages])
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.group)
+
+    def close(self) -> None:
+        self.buffers.clear()
+        self._mapped.clear()
+
+
+def _map(path: Path, nbytes: int) -> torch.UntypedStorage:
+    """The file's bytes, shared; a new file is all zeros."""
+    return cast(torch.UntypedStorage, torch.UntypedStorage.from_file(str(path), True, nbytes))

@@ -1,0 +1,107 @@
+"""The symmetric buffer of dispatch and combine: its regions, and the context that kernels read them from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from farskip_fused.errors import UsageError
+from farskip_fused.kernels import protocol
+from farskip_fused.symmetric.interface import SymmetricMemory
+
+ALIGNMENT = 256
+MINIMUM_DEPTH = 2
+
+
+@dataclass(frozen=True)
+class SlotShape:
+    """What the slots must hold.
+
+    max_tokens: tokens a rank, at most. depth: rounds in flight, at least 2: dispatch of one layer overlaps combine of
+    the layer before.
+    """
+
+    max_tokens: int
+    hidden_size: int
+    top_k: int
+    dtype: torch.dtype
+    depth: int = MINIMUM_DEPTH
+
+    def __post_init__(self) -> None:
+        if self.depth < MINIMUM_DEPTH:
+            raise UsageError(f"Slots of depth {self.depth} were asked for; the depth must be at least {MINIMUM_DEPTH}.")
+
+    def regions(self, world: int) -> dict[str, int]:
+        """Bytes of each region at one rank, in the order of ``protocol.REGION_NAMES``.
+
+        Capacity is the true worst case: every token of every rank may go to one rank.
+        """
+        arriving = self.depth * world * self.max_tokens
+        leaving = self.depth * self.max_tokens * self.top_k
+        row = self.hidden_size * self.dtype.itemsize
+        flags = self.depth * world * 8
+        sizes = {
+            "dispatch_rows": arriving * row,
+            "dispatch_experts": arriving * self.top_k * 4,
+            "dispatch_tokens": arriving * 4,
+            "dispatch_weights": arriving * self.top_k * 4,
+            "dispatch_counts": self.depth * world * 4,
+            "dispatch_arrival": flags,
+            "dispatch_credit": flags,
+            "combine_rows": leaving * row,
+            "combine_scalars": leaving * 4,
+            "combine_arrival": flags,
+            "combine_credit": flags,
+        }
+        return {name: -(-sizes[name] // ALIGNMENT) * ALIGNMENT for name in protocol.REGION_NAMES}
+
+
+class Slots:
+    """Allocated slots of one shape; every layer of a model that has this shape uses the same ones.
+
+    context: int64 device tensor, see ``kernels/protocol.py``.
+    """
+
+    def __init__(self, memory: SymmetricMemory, shape: SlotShape) -> None:
+        regions = shape.regions(memory.world)
+        self.shape, self.memory = shape, memory
+        self.buffer = memory.allocate(sum(regions.values()))
+        words = [0] * (protocol.PEERS.value + memory.world)
+        words[protocol.TIMEOUT_NANOSECONDS.value] = int(memory.timeout * 1e9)
+        words[protocol.STATUS_ADDRESS.value] = memory.status.address
+        words[protocol.RANK.value] = memory.rank
+        words[protocol.WORLD.value] = memory.world
+        words[protocol.DEPTH.value] = shape.depth
+        words[protocol.MAX_TOKENS.value] = shape.max_tokens
+        offset = 0
+        for word, size in enumerate(regions.values(), start=protocol.DISPATCH_ROWS.value):
+            words[word] = offset
+            offset += size
+        words[protocol.PEERS.value :] = self.buffer.addresses
+        self.context = torch.tensor(words, dtype=torch.int64, device=memory.device)
+        self._in_flight = 0
+
+    def open_round(self) -> Tensor:
+        """Begin a round: its ticket, [1] int64 on the device, will hold the epoch."""
+        if self._in_flight >= self.shape.depth:
+            raise RuntimeError(
+                f"{self._in_flight} rounds are in flight and the slots are {self.shape.depth} deep; finish one first "
+                "or give the layers a larger depth."
+            )
+        self._in_flight += 1
+        ticket = torch.empty(1, dtype=torch.int64, device=self.memory.device)
+        protocol.open_round(self.context, ticket)
+        return ticket
+
+    def close_round(self) -> None:
+        self._in_flight -= 1
+
+
+def open_slots(memory: SymmetricMemory, shape: SlotShape) -> Slots:
+    """The slots of that shape, allocated at the first call; collective."""
+    slots = memory.buffers.get(shape)
+    if slots is None:
+        slots = memory.buffers[shape] = Slots(memory, shape)
+    return slots

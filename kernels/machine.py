@@ -1,0 +1,51 @@
+"""Triton for this machine: compiled where there is a GPU, interpreted where there is none."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+from triton.runtime.jit import JITFunction
+
+if not torch.cuda.is_available():
+    knobs.runtime.interpret = True
+
+INTERPRETED: bool = knobs.runtime.interpret
+
+
+def _interpret_standard_library() -> None:
+    """Let interpreted kernels call ``tl.sum`` and its like.
+
+    Triton decides at its own import whether its library is interpreted; torch or transformers may have imported it
+    long before us, and asking every user to set an environment variable first is what we avoid here.
+    """
+    from triton.runtime.interpreter import InterpretedFunction
+
+    for module in (tl.standard, tl):
+        for name, function in list(vars(module).items()):
+            if isinstance(function, JITFunction):
+                setattr(module, name, InterpretedFunction(function.fn))
+
+
+if INTERPRETED:
+    _interpret_standard_library()
+
+    def nanoseconds() -> int:
+        """A monotonic clock, callable inside an interpreted kernel; gives way to the process that is waited for."""
+        time.sleep(0)
+        return time.monotonic_ns()
+
+else:
+    from triton.language.extra.cuda import globaltimer
+
+    @triton.jit
+    def nanoseconds():
+        return globaltimer()
+
+
+def padded(size: int) -> int:
+    """The power of two that a Triton block of at least ``size`` elements needs."""
+    return max(triton.next_power_of_2(size), 1)

@@ -1,0 +1,172 @@
+"""What every communicating kernel shares: the context of a symmetric buffer, bounded waits and announcements.
+
+A *round* is one dispatch with the combine that answers it. Every rank opens its rounds in the same order, so that the
+epoch, a 64-bit counter in device memory, names the same round everywhere. Round ``e`` uses slot ``e % depth`` of the
+dispatch and of the combine buffers.
+
+Flags are epochs, only ever grow, and lie in the memory of the rank that waits for them; nothing is reset:
+- ``arrival[slot, source]`` at the reader: the source has written all its rows of that epoch;
+- ``credit[slot, reader]`` at the writer: the reader has read all rows of that epoch, its slot may be written again.
+A writer of epoch ``e`` waits for the credit of epoch ``e - depth``, which is at or below zero for the first rounds.
+
+Memory order: rows are written by a kernel of their own; the announcement that follows on the same stream is an
+exchange with release semantics at system scope, which covers everything that the stream did before. The wait is an
+atomic read with acquire semantics at system scope, and readers are kernels that follow it on the same stream.
+
+A wait that expires records what it waited for in host-visible memory and marks the context as failed. In a failed
+context nothing waits, nothing is written to a peer, and combine gives NaN, until the host raises.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .machine import nanoseconds
+
+# Words of the context, int64, in device memory.
+EPOCH = tl.constexpr(0)
+FAILED = tl.constexpr(1)
+TIMEOUT_NANOSECONDS = tl.constexpr(2)
+STATUS_ADDRESS = tl.constexpr(3)
+RANK = tl.constexpr(4)
+WORLD = tl.constexpr(5)
+DEPTH = tl.constexpr(6)
+MAX_TOKENS = tl.constexpr(7)
+# Byte offsets of the regions in every rank's symmetric buffer.
+DISPATCH_ROWS = tl.constexpr(8)  # [depth, source, max_tokens, hidden]
+DISPATCH_EXPERTS = tl.constexpr(9)  # [depth, source, max_tokens, top_k] int32, local expert or -1
+DISPATCH_TOKENS = tl.constexpr(10)  # [depth, source, max_tokens] int32, token index at the source
+DISPATCH_WEIGHTS = tl.constexpr(11)  # [depth, source, max_tokens, top_k] float32
+DISPATCH_COUNTS = tl.constexpr(12)  # [depth, source] int32, rows written
+DISPATCH_ARRIVAL = tl.constexpr(13)  # [depth, source] int64
+DISPATCH_CREDIT = tl.constexpr(14)  # [depth, reader] int64
+COMBINE_ROWS = tl.constexpr(15)  # [depth, max_tokens, top_k, hidden]
+COMBINE_SCALARS = tl.constexpr(16)  # [depth, max_tokens, top_k] float32, gradients of the router weights
+COMBINE_ARRIVAL = tl.constexpr(17)  # [depth, writer] int64
+COMBINE_CREDIT = tl.constexpr(18)  # [depth, owner] int64
+PEERS = tl.constexpr(20)  # base address of the buffer of each rank, as this rank sees it
+
+REGION_NAMES = (
+    "dispatch_rows",
+    "dispatch_experts",
+    "dispatch_tokens",
+    "dispatch_weights",
+    "dispatch_counts",
+    "dispatch_arrival",
+    "dispatch_credit",
+    "combine_rows",
+    "combine_scalars",
+    "combine_arrival",
+    "combine_credit",
+)
+
+# Words of the status block, int64, in host-visible memory.
+STATUS_CODE, STATUS_RANK, STATUS_PEER, STATUS_PHASE, STATUS_EPOCH, STATUS_EXPECTED, STATUS_SEEN = (
+    tl.constexpr(word) for word in range(7)
+)
+CODE_TIMEOUT = tl.constexpr(1)
+CODE_EXPERT_OUT_OF_RANGE = tl.constexpr(2)
+CODE_REPEATED_EXPERT = tl.constexpr(3)
+PHASE_NAMES = {
+    DISPATCH_CREDIT.value: "dispatch credit",
+    DISPATCH_ARRIVAL.value: "dispatch arrival",
+    COMBINE_CREDIT.value: "combine credit",
+    COMBINE_ARRIVAL.value: "combine arrival",
+}
+
+
+@triton.jit
+def region(context, peer, REGION: tl.constexpr, DTYPE: tl.constexpr):
+    """Pointer to a region in the buffer of ``peer`` (a scalar or a block of ranks)."""
+    address = tl.load(context + PEERS + peer) + tl.load(context + REGION)
+    return address.to(tl.pointer_type(DTYPE))
+
+
+@triton.jit
+def own_region(context, REGION: tl.constexpr, DTYPE: tl.constexpr):
+    return region(context, tl.load(context + RANK), REGION, DTYPE)
+
+
+@triton.jit
+def slot_of(context, ticket):
+    """Slot of the round whose epoch ``ticket`` holds."""
+    return tl.load(ticket) % tl.load(context + DEPTH)
+
+
+@triton.jit
+def is_alive(context):
+    return tl.load(context + FAILED, volatile=True) == 0
+
+
+@triton.jit
+def fail(context, code, peer, phase, epoch, expected, seen):
+    """Mark the context as failed and, for the first failure, tell the host; the code is written last."""
+    if tl.atomic_cas(context + FAILED, tl.full((), 0, tl.int64), tl.full((), 1, tl.int64)) == 0:
+        status = tl.load(context + STATUS_ADDRESS).to(tl.pointer_type(tl.int64))
+        tl.store(status + STATUS_RANK, tl.load(context + RANK))
+        tl.store(status + STATUS_PEER, peer)
+        tl.store(status + STATUS_PHASE, phase)
+        tl.store(status + STATUS_EPOCH, epoch)
+        tl.store(status + STATUS_EXPECTED, expected)
+        tl.store(status + STATUS_SEEN, seen)
+        # A plain store: an atomic on host memory needs PCIe atomics, which not every machine has. The host synchronises
+        # once it sees the code, and only then reads the other words.
+        tl.debug_barrier()
+        tl.store(status + STATUS_CODE, code)
+
+
+@triton.jit
+def _open_round(context, ticket):
+    epoch = tl.load(context + EPOCH) + 1
+    tl.store(context + EPOCH, epoch)
+    tl.store(ticket, epoch)
+
+
+@triton.jit
+def _wait(context, ticket, FLAGS: tl.constexpr, IS_CREDIT: tl.constexpr):
+    peer = tl.program_id(0).to(tl.int64)
+    epoch = tl.load(ticket)
+    expected = epoch
+    if IS_CREDIT:
+        expected = epoch - tl.load(context + DEPTH)
+    flag = own_region(context, FLAGS, tl.int64) + slot_of(context, ticket) * tl.load(context + WORLD) + peer
+    if is_alive(context):
+        timeout = tl.load(context + TIMEOUT_NANOSECONDS)
+        start = nanoseconds()
+        waited = start - start
+        seen = tl.atomic_add(flag, tl.full((), 0, tl.int64), sem="acquire", scope="sys")
+        while (seen < expected) & (waited < timeout):
+            seen = tl.atomic_add(flag, tl.full((), 0, tl.int64), sem="acquire", scope="sys")
+            waited = nanoseconds() - start
+        if seen < expected:
+            fail(context, CODE_TIMEOUT, peer, tl.full((), FLAGS, tl.int64), epoch, expected, seen)
+
+
+@triton.jit
+def _announce(context, ticket, FLAGS: tl.constexpr):
+    peer = tl.program_id(0)
+    if is_alive(context):
+        index = slot_of(context, ticket) * tl.load(context + WORLD) + tl.load(context + RANK)
+        flag = region(context, peer, FLAGS, tl.int64) + index
+        tl.atomic_xchg(flag, tl.load(ticket), sem="release", scope="sys")
+
+
+def open_round(context, ticket) -> None:
+    """Take the next epoch into ``ticket`` ([1] int64); all later kernels of the round read it there."""
+    _open_round[(1,)](context, ticket)
+
+
+def wait_credit(context, ticket, world: int, flags: tl.constexpr) -> None:
+    """Wait until every reader has released the slot that this round writes."""
+    _wait[(world,)](context, ticket, FLAGS=flags.value, IS_CREDIT=True, num_warps=1)
+
+
+def wait_arrival(context, ticket, world: int, flags: tl.constexpr) -> None:
+    """Wait until every writer has announced this round."""
+    _wait[(world,)](context, ticket, FLAGS=flags.value, IS_CREDIT=False, num_warps=1)
+
+
+def announce(context, ticket, world: int, flags: tl.constexpr) -> None:
+    """Raise this rank's flag at every rank: what this stream did before is visible to whoever sees it."""
+    _announce[(world,)](context, ticket, FLAGS=flags.value, num_warps=1)

@@ -1,0 +1,40 @@
+"""Skips tests of a rung that this machine does not reach, with the reason; keeps every test off the network."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+# Before transformers, matplotlib or tokenizers are imported.
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", MPLBACKEND="Agg", TOKENIZERS_PARALLELISM="false")
+
+import importlib.util
+
+import pytest
+
+from farskip_fused.doctor.facts import mps_state
+
+
+@cache
+def missing_for(mark: str) -> str | None:
+    """What this machine lacks for tests of that mark, or None."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if mark == "rung2":
+        return "needs a process that sees no GPU: set CUDA_VISIBLE_DEVICES to nothing" if gpus else None
+    wanted = 2 if mark == "rung4" else 1
+    if gpus < wanted:
+        return f"needs {wanted} CUDA GPU{'s' if wanted > 1 else ''}, there {'is' if gpus == 1 else 'are'} {gpus}"
+    if mark != "gpu" and importlib.util.find_spec("nvshmem") is None:
+        return "needs nvshmem4py: pip install 'farskip-fused[nvshmem-cu13]'"
+    if mark == "rung3" and mps_state() == "missing":
+        return "needs CUDA MPS: nvidia-cuda-mps-control is not on the PATH"
+    return None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in ("gpu", "rung2", "rung3", "rung4"):
+        reason = missing_for(mark) if item.get_closest_marker(mark) else None
+        if reason:
+            pytest.skip(f"{mark} {reason}")

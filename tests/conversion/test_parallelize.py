@@ -1,0 +1,52 @@
+"""A transformers model whose experts are split computes what it computed before."""
+
+import copy
+
+import pytest
+import torch
+
+import farskip_fused as ff
+from farskip_fused import demo_expert_parallel
+from farskip_fused.conversion import FAMILIES
+from tests.numerics import DEVICE, assert_close
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_runs_on_the_kernels(tiny, tokens, family):
+    model = ff.convert(tiny(family, torch.float32, num_hidden_layers=2)).to(DEVICE)
+    tokens = tokens.to(DEVICE)
+    split = ff.parallelize(copy.deepcopy(model), ff.init(device=DEVICE), max_tokens=tokens.numel())
+    with torch.no_grad():
+        assert_close(split(tokens).logits, model(tokens).logits, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.rung2), pytest.param("cuda", marks=pytest.mark.rung3)]
+)
+def test_two_ranks_give_the_logits_and_gradients_of_one(tiny, tmp_path, device):
+    ff.convert(tiny("deepseek_v3", torch.float32, num_hidden_layers=3)).save_pretrained(tmp_path / "model")
+    report = demo_expert_parallel.run(tmp_path / "model")
+    assert report["world"] == 2
+    assert report["backend"] == {"cpu": "shm", "cuda": "nvshmem"}[device]
+    assert 0 < report["forward_rel_error"] < 1e-5
+    assert 0 < report["backward_rel_error"] < 1e-5
+
+
+def test_what_cannot_be_split_is_refused(tiny):
+    memory = ff.init(device="cpu")
+    model = tiny("deepseek_v3", torch.float64, num_hidden_layers=2)
+    with pytest.raises(TypeError, match="float64"):
+        ff.parallelize(model, memory)
+    with pytest.raises(ff.UsageError, match="ReLU"):
+        model.model.layers[1].mlp.experts.act_fn = torch.nn.ReLU()
+        ff.parallelize(model, memory)
+    model = ff.parallelize(tiny("deepseek_v3", torch.float32, num_hidden_layers=2), memory, max_tokens=8)
+    with pytest.raises(ff.UsageError, match="parallel already"):
+        ff.parallelize(model, memory)
+
+
+def test_experts_that_do_not_divide_are_refused():
+    memory = ff.init(device=DEVICE)
+    memory.world = 2
+    with pytest.raises(ff.UsageError, match="3 experts do not divide over 2 ranks"):
+        ff.FusedExperts(16, 16, 3, 1, ep=memory, max_tokens=4)

@@ -1,0 +1,46 @@
+"""The router kernel chooses what the plain definition chooses, and its gradient is autograd's."""
+
+import pytest
+import torch
+
+from farskip_fused import reference
+from farskip_fused.kernels import routing
+from tests.numerics import DEVICE, assert_close
+
+# tokens, experts, top_k, groups, top_groups
+SHAPES = [(5, 4, 2, 1, 1), (37, 8, 3, 1, 1), (5, 64, 6, 1, 1), (33, 16, 4, 4, 2), (9, 60, 6, 3, 2), (70, 128, 8, 8, 4)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("sigmoid", [False, True], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize("normalise", [False, True], ids=["raw", "normalised"])
+@pytest.mark.parametrize("with_bias", [False, True], ids=["unbiased", "biased"])
+def test_matches_the_definition(shape, sigmoid, normalise, with_bias):
+    tokens, num_experts, top_k, groups, top_groups = shape
+    logits = torch.randn(tokens, num_experts, device=DEVICE)
+    bias = 0.1 * torch.randn(num_experts, device=DEVICE) if with_bias else None
+    options = {"sigmoid": sigmoid, "normalise": normalise, "scaling": 2.5, "groups": groups, "top_groups": top_groups}
+    experts, weights = routing.route_forward(logits, top_k, bias=bias, **options)
+
+    exact = logits.double().requires_grad_()
+    expected_experts, expected_weights = reference.route(exact, top_k, bias=bias, **options)
+    assert torch.equal(experts.long(), expected_experts)
+    assert_close(weights, expected_weights, torch.float32)
+
+    gradient = torch.randn(tokens, top_k, device=DEVICE)
+    expected_weights.backward(gradient.double())
+    options = {name: options[name] for name in ("sigmoid", "normalise", "scaling")}
+    assert_close(routing.route_backward(logits, experts, gradient, **options), exact.grad, torch.float32)
+
+
+PLAIN = {"normalise": True, "scaling": 1.0, "groups": 1, "top_groups": 1, "bias": None}
+
+
+def test_ties_go_to_the_lower_expert():
+    experts, _ = routing.route_forward(torch.zeros(3, 8, device=DEVICE), 3, sigmoid=True, **PLAIN)
+    assert experts.tolist() == [[0, 1, 2]] * 3
+
+
+def test_no_tokens_give_no_rows():
+    experts, weights = routing.route_forward(torch.empty(0, 8, device=DEVICE), 2, sigmoid=False, **PLAIN)
+    assert experts.shape == weights.shape == (0, 2)

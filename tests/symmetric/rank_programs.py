@@ -1,0 +1,153 @@
+"""What the ranks of the tests run; functions of a module, so that spawned processes find them."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import farskip_fused as ff
+from farskip_fused import reference
+from tests.numerics import RELATIVE_ERROR, relative_error
+
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, MAX_TOKENS = 48, 40, 8, 3, 64
+
+
+def make_layers(memory: ff.SymmetricMemory, dtype: torch.dtype) -> tuple[ff.FusedExperts, ff.FusedExperts]:
+    """The same experts twice: split over the ranks, and whole at every rank."""
+    shape = (HIDDEN, INTERMEDIATE, EXPERTS, TOP_K)
+    whole = ff.FusedExperts(*shape, max_tokens=MAX_TOKENS, device=memory.device, dtype=dtype)
+    split = ff.FusedExperts(*shape, max_tokens=MAX_TOKENS, ep=memory, dtype=dtype)
+    local = EXPERTS // memory.world
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name in ("w13", "w2"):
+            weight = getattr(whole, name)
+            weight.copy_(torch.randn(weight.shape) / weight.shape[-1] ** 0.5)
+            getattr(split, name).copy_(weight[memory.rank * local : (memory.rank + 1) * local])
+    whole.setup()
+    split.setup()
+    return split, whole
+
+
+def random_routing(tokens: int, mode: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    if mode == 0:  # everything to one expert
+        index = torch.full((tokens, TOP_K), -1)
+        index[:, 1] = 5
+    else:
+        index = torch.rand(tokens, EXPERTS).argsort(dim=-1)[:, :TOP_K]
+    if mode == 1:  # some positions and whole tokens unrouted
+        index = torch.where(torch.rand(index.shape) < 0.3, -1, index)
+        index[::3] = -1
+    return index.to(device), (torch.rand(tokens, TOP_K) + 0.1).to(device)
+
+
+def compare_with_world_of_one(
+    memory: ff.SymmetricMemory, rounds: int, dtype: torch.dtype, worst_delay: float
+) -> dict[str, Any]:
+    """Rounds of random size, routing and delay: outputs and input gradients are bitwise those of one rank."""
+    split, whole = make_layers(memory, dtype)
+    generator = torch.manual_seed(1000 + memory.rank)
+    exact = [weight.detach().double().requires_grad_() for weight in (whole.w13, whole.w2)]
+    worst = 0.0
+    for round_ in range(rounds):
+        # Every rank has its own number of tokens; in each round of four one rank has none, one has the most.
+        turn = (round_ + memory.rank) % 4
+        tokens = 0 if turn == 0 else MAX_TOKENS if turn == 1 else int(torch.randint(1, MAX_TOKENS, ()))
+        index, weights = random_routing(tokens, round_ % 3, memory.device)
+        hidden = torch.randn(tokens, HIDDEN, generator=generator).to(memory.device, dtype)
+        gradient = torch.randn(tokens, HIDDEN, generator=generator).to(memory.device, dtype)
+        results = []
+        for layer in (split, whole):
+            inputs = (hidden.clone().requires_grad_(), weights.clone().requires_grad_())
+            delay(worst_delay)
+            pending = layer.dispatch(inputs[0], index, inputs[1])
+            delay(worst_delay)
+            pending.experts()
+            delay(worst_delay)
+            result = pending.finish()
+            delay(worst_delay)
+            result.backward(gradient)
+            results.append([result.detach(), inputs[0].grad, inputs[1].grad])
+        for name, value, alone in zip(("output", "input gradient", "weight gradient"), *results, strict=True):
+            assert torch.equal(value, alone), f"round {round_}, rank {memory.rank}: the {name} differs from one rank's"
+        precise = hidden.double().requires_grad_()
+        expected = reference.experts(precise, index, weights.double(), *exact)
+        expected.backward(gradient.double())
+        if tokens and bool((index >= 0).any()):
+            worst = max(worst, relative_error(results[0][0], expected), relative_error(results[0][1], precise.grad))
+    local = EXPERTS // memory.world
+    for name, weight in zip(("w13", "w2"), exact, strict=True):
+        total = weight.grad.cpu()
+        dist.all_reduce(total)
+        mine = total[memory.rank * local : (memory.rank + 1) * local]
+        worst = max(worst, relative_error(getattr(split, name).grad.cpu(), mine))
+    assert worst <= RELATIVE_ERROR[dtype], f"relative error {worst:.3g}"
+    return {"rank": memory.rank, "worst_relative_error": worst}
+
+
+def delay(worst: float) -> None:
+    if worst and torch.rand(()) < 0.2:
+        time.sleep(float(torch.rand(())) * worst)
+
+
+PHASES = ("before dispatch", "before experts", "before finish", "before backward")
+
+
+def lose_a_peer(memory: ff.SymmetricMemory, phase: str, killed: bool) -> dict[str, Any]:
+    """Rank 1 is lost at ``phase`` of the second round; says what the others see, and how long it took."""
+    split, _ = make_layers(memory, torch.float32)
+    for round_ in range(2):
+        lost = round_ == 1 and memory.rank == 1
+        index, weights = random_routing(20, 2, memory.device)
+        hidden = torch.randn(20, HIDDEN).to(memory.device).requires_grad_()
+        start = time.monotonic()
+        try:
+            if lost and phase == "before dispatch":
+                vanish(memory, killed)
+            pending = split.dispatch(hidden, index, weights)
+            if lost and phase == "before experts":
+                vanish(memory, killed)
+            pending.experts()
+            if lost and phase == "before finish":
+                vanish(memory, killed)
+            result = pending.finish()
+            if lost and phase == "before backward":
+                vanish(memory, killed)
+            result.sum().backward()
+            memory.synchronize()
+        except ff.PeerTimeout as error:
+            return {"message": str(error), "seconds": time.monotonic() - start}
+    return {"message": None}
+
+
+class Vanished(Exception):
+    """Raised by a rank that goes silent."""
+
+
+def vanish(memory: ff.SymmetricMemory, killed: bool) -> None:
+    if killed:
+        os._exit(9)
+    time.sleep(3 * memory.timeout)
+    raise Vanished
+
+
+def repeat_experts(memory: ff.SymmetricMemory) -> str:
+    """Every token names one expert twice, and more entries arrive at its rank than distinct experts could give."""
+    layer = ff.FusedExperts(HIDDEN, INTERMEDIATE, memory.world, 2, max_tokens=MAX_TOKENS, ep=memory)
+    layer.setup()
+    index = torch.ones(MAX_TOKENS, 2, dtype=torch.long, device=memory.device)
+    hidden = torch.zeros(MAX_TOKENS, HIDDEN, device=memory.device)
+    try:
+        layer(hidden, index, torch.ones(MAX_TOKENS, 2, device=memory.device))
+        memory.synchronize()
+    except (ff.UsageError, ff.PeerTimeout) as error:
+        return str(error)
+    return "nothing was said"
+
+
+def raise_an_error(memory: ff.SymmetricMemory) -> None:
+    raise ArithmeticError(f"of rank {memory.rank}")

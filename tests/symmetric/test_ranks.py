@@ -1,0 +1,63 @@
+"""Dispatch and combine between ranks: rung 2 over shared memory on CPU, rung 3 over NVSHMEM on one GPU."""
+
+import pytest
+import torch
+
+from farskip_fused.launch import RankFailed, run_ranks, run_ranks_unchecked
+from tests.symmetric import rank_programs
+
+RUNGS = [pytest.param("cpu", marks=pytest.mark.rung2), pytest.param("cuda", marks=pytest.mark.rung3)]
+
+
+@pytest.mark.parametrize("device", RUNGS)
+@pytest.mark.parametrize(("world", "rounds"), [(2, 8), (4, 4)])
+def test_ranks_compute_bitwise_what_one_rank_computes_under_skew(device, world, rounds):
+    rounds = rounds if device == "cpu" else 10 * rounds
+    outcomes = run_ranks(
+        rank_programs.compare_with_world_of_one, world, rounds, torch.float32, 0.05, device=device, wait_timeout=30.0
+    )
+    assert [outcome["rank"] for outcome in outcomes] == list(range(world))
+
+
+@pytest.mark.rung3
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_on_the_gpu(dtype):
+    run_ranks(rank_programs.compare_with_world_of_one, 2, 40, dtype, 0.01, device="cuda", wait_timeout=30.0)
+
+
+@pytest.mark.parametrize("device", RUNGS)
+@pytest.mark.parametrize("phase", rank_programs.PHASES)
+def test_a_peer_that_goes_silent_is_named_within_the_bound(device, phase):
+    outcomes = run_ranks_unchecked(
+        rank_programs.lose_a_peer, 2, phase, False, device=device, wait_timeout=2.0, limit=90.0
+    )
+    check_timeout(outcomes[0])
+
+
+@pytest.mark.rung2
+def test_a_killed_peer_is_named_within_the_bound():
+    outcomes = run_ranks_unchecked(rank_programs.lose_a_peer, 2, "before experts", True, wait_timeout=2.0, limit=90.0)
+    check_timeout(outcomes[0])
+    assert not outcomes[1].finished
+
+
+def check_timeout(outcome):
+    assert outcome.error is None, outcome.traceback
+    message, seconds = outcome.result["message"], outcome.result["seconds"]
+    assert message is not None, "the lost peer was not noticed"
+    assert "Rank 0 waited 2 s for rank 1" in message
+    assert all(word in message for word in ("phase", "epoch", "expected", "seen"))
+    assert seconds < 2.0 + 5.0
+
+
+@pytest.mark.parametrize("device", RUNGS)
+def test_repeated_experts_beyond_capacity_are_named(device):
+    messages = run_ranks(rank_programs.repeat_experts, 2, device=device, wait_timeout=5.0)
+    assert "must differ from each other" in messages[1]
+    assert messages[0] != "nothing was said"
+
+
+@pytest.mark.rung2
+def test_the_exception_of_a_rank_comes_back():
+    with pytest.raises(RankFailed, match="Rank 0 of 2 raised ArithmeticError: of rank 0"):
+        run_ranks(rank_programs.raise_an_error, 2)

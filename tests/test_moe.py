@@ -1,0 +1,233 @@
+"""The MoE layer in a world of one: numbers against float64, odd sizes, and what is refused at the door."""
+
+import pytest
+import torch
+
+import farskip_fused as ff
+from farskip_fused import reference
+from tests.numerics import DEVICE, assert_close
+
+# The interpreter has no bfloat16 dot; float16 takes the same path there.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+
+
+def make_experts(hidden=48, intermediate=40, num_experts=8, top_k=3, dtype=torch.float32, max_tokens=64, depth=2):
+    layer = ff.FusedExperts(
+        hidden, intermediate, num_experts, top_k, max_tokens=max_tokens, depth=depth, device=DEVICE, dtype=dtype
+    )
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.copy_(torch.randn_like(weight) / weight.shape[-1] ** 0.5)
+    layer.setup()
+    return layer
+
+
+def random_routing(tokens, num_experts, top_k):
+    index = torch.rand(tokens, num_experts, device=DEVICE).argsort(dim=-1)[:, :top_k]
+    return index, torch.rand(tokens, top_k, device=DEVICE) + 0.1
+
+
+def check_against_reference(layer, hidden_states, index, weights):
+    dtype = layer.w13.dtype
+    hidden_states.requires_grad_(), weights.requires_grad_()
+    result = layer(hidden_states, index, weights)
+    gradient = torch.randn_like(result)
+    result.backward(gradient)
+    exact = [value.detach().double().requires_grad_() for value in (hidden_states, weights, layer.w13, layer.w2)]
+    expected = reference.experts(exact[0], index, exact[1], exact[2], exact[3])
+    expected.backward(gradient.double())
+    assert_close(result, expected, dtype)
+    for value, reference_value in zip((hidden_states, weights, layer.w13, layer.w2), exact, strict=True):
+        assert_close(value.grad, reference_value.grad, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "intermediate", "num_experts", "top_k"),
+    [(1, 16, 16, 2, 1), (37, 96, 72, 8, 3), (64, 33, 17, 5, 5), (50, 130, 150, 4, 2), (7, 64, 64, 16, 2)],
+)
+def test_forward_and_every_gradient_match_float64(dtype, tokens, hidden, intermediate, num_experts, top_k):
+    layer = make_experts(hidden, intermediate, num_experts, top_k, dtype)
+    index, weights = random_routing(tokens, num_experts, top_k)
+    check_against_reference(layer, torch.randn(tokens, hidden, device=DEVICE, dtype=dtype), index, weights)
+
+
+@pytest.mark.parametrize("case", ["one expert", "unrouted positions", "unrouted tokens"])
+def test_uneven_routing_is_ordinary(case):
+    layer = make_experts()
+    index, weights = random_routing(40, 8, 3)
+    if case == "one expert":
+        index = torch.tensor([5, -1, -1], device=DEVICE).expand(40, 3).contiguous()
+    elif case == "unrouted positions":
+        index = torch.where(torch.rand(index.shape, device=DEVICE) < 0.5, -1, index)
+    else:
+        index[::2] = -1
+    check_against_reference(layer, torch.randn(40, 48, device=DEVICE), index, weights)
+
+
+def test_no_tokens_give_no_rows_and_zero_gradients():
+    layer = make_experts()
+    hidden_states = torch.empty(0, 48, device=DEVICE, requires_grad=True)
+    result = layer(hidden_states, torch.empty(0, 3, dtype=torch.long, device=DEVICE), torch.empty(0, 3, device=DEVICE))
+    result.sum().backward()
+    assert result.shape == (0, 48)
+    assert hidden_states.grad.shape == (0, 48)
+    assert not layer.w13.grad.any() and not layer.w2.grad.any()
+
+
+def test_two_runs_are_bitwise_equal():
+    layer = make_experts()
+    hidden_states, (index, weights) = torch.randn(50, 48, device=DEVICE), random_routing(50, 8, 3)
+    first = layer(hidden_states, index, weights)
+    layer(torch.randn(13, 48, device=DEVICE), *random_routing(13, 8, 3))  # leaves other rows in the slots
+    assert torch.equal(layer(hidden_states, index, weights), first)
+
+
+def test_frozen_weights_and_frozen_input_still_give_the_other_gradients():
+    layer = make_experts()
+    index, weights = random_routing(20, 8, 3)
+    layer.w2.requires_grad_(False)
+    layer(torch.randn(20, 48, device=DEVICE), index, weights).sum().backward()
+    assert layer.w13.grad is not None and layer.w2.grad is None
+    layer.w13.requires_grad_(False)
+    hidden_states = torch.randn(20, 48, device=DEVICE, requires_grad=True)
+    layer(hidden_states, index, weights).sum().backward()  # the slot of the round before was given back
+    layer(hidden_states, index, weights).sum().backward()
+    assert hidden_states.grad is not None
+
+
+def test_split_calls_equal_one_call_and_overlap_two_rounds():
+    layer = make_experts()
+    inputs = [(torch.randn(9, 48, device=DEVICE), *random_routing(9, 8, 3)) for _ in range(2)]
+    whole = [layer(*arguments) for arguments in inputs]
+    first, second = (layer.dispatch(*arguments) for arguments in inputs)
+    second.experts()
+    first.experts()
+    assert torch.equal(first.finish(), whole[0])
+    assert torch.equal(second.finish(), whole[1])
+
+
+def test_more_rounds_in_flight_than_slots_are_refused():
+    layer = make_experts()
+    arguments = (torch.randn(2, 48, device=DEVICE), *random_routing(2, 8, 3))
+    pending = [layer.dispatch(*arguments), layer.dispatch(*arguments)]
+    with pytest.raises(RuntimeError, match="2 rounds are in flight"):
+        layer.dispatch(*arguments)
+    for round_ in pending:
+        round_.finish()
+    with pytest.raises(RuntimeError, match="twice"):
+        pending[0].finish()
+
+
+def test_layers_of_one_shape_share_their_slots():
+    memory = ff.init(device=DEVICE)
+    layers = [ff.FusedExperts(32, 16, 4, 2, ep=memory, max_tokens=8) for _ in range(2)]
+    for layer in layers:
+        layer.setup()
+    assert len(memory.buffers) == 1
+    (slots,) = memory.buffers.values()
+    assert slots.buffer.memory.numel() == layers[0].size_hint()["total"]
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    layer = make_experts()
+    index, weights = random_routing(20, 8, 3)
+    results = []
+    for checkpointed in (False, True):
+        hidden_states = torch.randn(20, 48, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1))
+        hidden_states.requires_grad_()
+        layer.zero_grad()
+        if checkpointed:
+            result = torch.utils.checkpoint.checkpoint(layer, hidden_states, index, weights, use_reentrant=False)
+        else:
+            result = layer(hidden_states, index, weights)
+        result.square().sum().backward()
+        results.append((result, hidden_states.grad, layer.w13.grad.clone(), layer.w2.grad.clone()))
+    assert all(torch.equal(plain, again) for plain, again in zip(*results, strict=True))
+
+
+def test_the_whole_layer_routes_as_the_router_says():
+    layer = ff.FusedMoE(
+        32, 24, 8, 2, max_tokens=32, scoring="sigmoid", normalize_top_k=True, routed_scaling=2.5, correction_bias=True,
+        device=DEVICE,
+    )  # fmt: skip
+    layer.setup()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+    hidden_states = torch.randn(4, 5, 32, device=DEVICE, requires_grad=True)
+    result = layer(hidden_states)
+    gradient = torch.randn_like(result)
+    result.backward(gradient)
+
+    parameters = {"weight": layer.gate.weight, "w13": layer.w13, "w2": layer.w2}
+    exact = {name: parameter.detach().double().requires_grad_() for name, parameter in parameters.items()}
+    flat = hidden_states.detach().double().flatten(0, 1).requires_grad_()
+    index, weights = reference.route(
+        flat @ exact["weight"].T, 2, sigmoid=True, normalise=True, scaling=2.5, bias=layer.gate.e_score_correction_bias
+    )
+    expected = reference.experts(flat, index, weights, exact["w13"], exact["w2"])
+    expected.backward(gradient.double().flatten(0, 1))
+    assert result.shape == hidden_states.shape
+    assert_close(result.flatten(0, 1), expected, torch.float32)
+    assert_close(hidden_states.grad.flatten(0, 1), flat.grad, torch.float32)
+    assert_close(layer.gate.weight.grad, exact["weight"].grad, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def layer():
+    return make_experts(max_tokens=8)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("hidden_states", "index", "weights", "error", "sentence"),
+        [
+            (torch.zeros(4, 47), None, None, ff.UsageError, r"\[4, 47\].*48"),
+            (torch.zeros(4, 48, dtype=torch.float64), None, None, TypeError, "float64.*float32"),
+            (torch.zeros(9, 48), None, None, ff.UsageError, "9 tokens.*max_tokens is 8"),
+            (torch.zeros(4, 48), torch.zeros(4, 2, dtype=torch.long), None, ff.UsageError, r"\[4, 3\]"),
+            (torch.zeros(4, 48), torch.zeros(4, 3), None, TypeError, "integers"),
+            (torch.zeros(4, 48), None, torch.zeros(4, 3, dtype=torch.long), TypeError, "floating point"),
+        ],
+    )
+    def test_is_named_in_one_sentence(self, layer, hidden_states, index, weights, error, sentence):
+        tokens = hidden_states.shape[0]
+        index = torch.arange(3).expand(tokens, 3) if index is None else index
+        weights = torch.ones(tokens, 3) if weights is None else weights
+        with pytest.raises(error, match=sentence):
+            layer(hidden_states.to(DEVICE), index.to(DEVICE), weights.to(DEVICE))
+
+    @pytest.mark.parametrize("wrong", [8, -2, 1000])
+    def test_expert_ids_out_of_range_are_named(self, wrong):
+        layer = make_experts(max_tokens=8)
+        index = torch.tensor([[0, 1, wrong]], device=DEVICE)
+        with pytest.raises(ff.UsageError, match="from 0 to 7"):
+            layer(torch.zeros(1, 48, device=DEVICE), index, torch.ones(1, 3, device=DEVICE))
+            layer.ep.synchronize()
+
+    def test_forward_before_setup_is_refused(self):
+        layer = ff.FusedExperts(16, 16, 2, 1, max_tokens=4, device=DEVICE)
+        with pytest.raises(RuntimeError, match=r"call setup\(\)"):
+            layer(
+                torch.zeros(1, 16, device=DEVICE),
+                torch.zeros(1, 1, dtype=torch.long, device=DEVICE),
+                torch.ones(1, 1, device=DEVICE),
+            )
+
+    @pytest.mark.parametrize(
+        ("arguments", "options", "error", "sentence"),
+        [
+            ((16, 16, 2, 3), {}, ff.UsageError, "top_k is 3 and there are only 2"),
+            ((0, 16, 2, 1), {}, ff.UsageError, "hidden_size is 0"),
+            ((16.0, 16, 2, 1), {}, TypeError, "hidden_size is 16.0"),
+            ((16, 16, 2, 1), {"dtype": torch.float64}, TypeError, "float64"),
+            ((16, 16, 2, 1), {"depth": 1}, ff.UsageError, "at least 2"),
+            ((16, 16, 2, 1), {"scoring": "tanh"}, ff.UsageError, "softmax"),
+            ((16, 16, 6, 1), {"num_groups": 4}, ff.UsageError, "4 groups"),
+            ((16, 16, 8, 4), {"num_groups": 4, "top_k_groups": 1}, ff.UsageError, "does not fit"),
+        ],
+    )
+    def test_impossible_layers_are_refused(self, arguments, options, error, sentence):
+        with pytest.raises(error, match=sentence):
+            ff.FusedMoE(*arguments, max_tokens=4, **options)
