@@ -95,7 +95,77 @@ def convert(
     write_json(json_file, command.run(source, target, connectivity, layers, overwrite=overwrite, check=check))
 
 
-bench = typer.Typer(help="Microbenchmarks of the kernels; they need a GPU.", no_args_is_help=True)
+DataPath = Annotated[Path, typer.Option("--data", help="A text file or a directory of text files.")]
+Device = Annotated[str | None, typer.Option(help="A torch device; the GPU, where there is one, by default.")]
+BlockLength = Annotated[int, typer.Option(help="Tokens that are seen together.")]
+
+
+@app.command()
+def distill(
+    model_dir: Annotated[Path, typer.Argument(help="FarSkip checkpoint with a tokenizer.")],
+    output: Annotated[Path, typer.Argument(help="Directory to make.")],
+    data: DataPath,
+    validation: Annotated[Path | None, typer.Option(help="Text to evaluate on, after the last step.")] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Another model to learn from; the unconverted one if left out.")
+    ] = None,
+    objective: Annotated[str, typer.Option(help="kl (FCSD) or sft (cross-entropy of the text).")] = "kl",
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; one pass over the data if left out.")] = None,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 2**16,
+    micro_batch_tokens: Annotated[int, typer.Option(help="Tokens of a forward pass.")] = 2**13,
+    block_length: BlockLength = 1024,
+    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 2e-5,
+    seed: Annotated[int, typer.Option(help="Of the order of the data.")] = 0,
+    device: Device = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into OUTPUT though it exists.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Recover a converted checkpoint by self-distillation (FCSD) on text."""
+    from farskip_fused.distillation import DistillationConfig, command
+
+    config = DistillationConfig(
+        objective=objective,
+        steps=steps,
+        batch_tokens=batch_tokens,
+        micro_batch_tokens=micro_batch_tokens,
+        block_length=block_length,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    report = command.run_distill(
+        model_dir, output, data, validation, config, teacher=teacher, device=device, overwrite=overwrite
+    )
+    write_json(json_file, report)
+
+
+@app.command("eval")
+def evaluate(
+    model_dir: Annotated[Path, typer.Argument(help="Checkpoint, FarSkip or stock, with a tokenizer.")],
+    data: DataPath,
+    teacher: Annotated[Path | None, typer.Option(help="Checkpoint to compare with.")] = None,
+    block_length: BlockLength = 1024,
+    device: Device = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Cross-entropy of a checkpoint on text, and its distance from a teacher."""
+    from farskip_fused.distillation import command
+
+    write_json(json_file, command.run_eval(model_dir, data, teacher=teacher, block_length=block_length, device=device))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Directory for the report, the figures and the model.")] = Path("demo"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files of an earlier demo.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """The whole path on a small model: train, convert, recover, reload, split over processes."""
+    from farskip_fused import demo as room
+
+    write_json(json_file, room.run(output, overwrite=overwrite))
+
+
+bench = typer.Typer(help="Microbenchmarks of the kernels; they need a GPU.")
 app.add_typer(bench, name="bench")
 
 

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from farskip_fused.kernels import combine, dispatch, experts, experts_backward, layout
 from farskip_fused.kernels.dispatch import Received
+from farskip_fused.kernels.machine import aligned
 from farskip_fused.symmetric.slots import Slots
 
 
@@ -31,10 +32,26 @@ class _Round:
         # Alone, the number of rows is known; otherwise every peer may send as many as it may have.
         self.rows_per_source = top_k_index.shape[0] if self.world == 1 else slots.shape.max_tokens
         self.gradient_ticket = self.ticket  # that of the round which carries the gradients, once it is open
+        self.combined: Tensor | None = None
 
     @property
     def context(self) -> Tensor:
         return self.slots.context
+
+
+def _combine(state: _Round, top_k_weights: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
+    """Wait for the round's results, sum them and end the round."""
+    result = combine.combine(
+        state.context, state.ticket.epoch, state.world, state.top_k_index, top_k_weights, hidden, dtype
+    )
+    combine.release(state.context, state.ticket.epoch, state.world)
+    state.slots.close_round(state.ticket)
+    return result
+
+
+def _is_recomputing() -> bool:
+    """Whether this runs inside a backward pass, as activation checkpointing's recomputation does."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class _Dispatch(torch.autograd.Function):
@@ -42,7 +59,7 @@ class _Dispatch(torch.autograd.Function):
     def forward(ctx: Any, hidden_states: Tensor, top_k_weights: Tensor, state: _Round) -> Tensor:
         ctx.state = state
         dispatch.dispatch_send(
-            state.context, state.ticket, hidden_states, state.top_k_index, top_k_weights,
+            state.context, state.ticket.epoch, hidden_states, state.top_k_index, top_k_weights,
             state.positions, state.counts, state.num_local_experts,
         )  # fmt: skip
         ctx.hidden, ctx.dtype = hidden_states.shape[1], hidden_states.dtype
@@ -52,21 +69,21 @@ class _Dispatch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, Tensor, None]:
         state: _Round = ctx.state
-        ticket = state.gradient_ticket
+        ticket = state.gradient_ticket.epoch
         gradient = combine.combine(state.context, ticket, state.world, state.top_k_index, None, ctx.hidden, ctx.dtype)
         weights_gradient = combine.take_weight_gradients(state.context, ticket, state.top_k_index)
         combine.release(state.context, ticket, state.world)
-        state.slots.close_round()
+        state.slots.close_round(state.gradient_ticket)
         state.slots.memory.check()
         return gradient, weights_gradient, None
 
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, token: Tensor, w13: Tensor, w2: Tensor, state: _Round) -> Tensor:
+    def forward(ctx: Any, token: Tensor, w13: Tensor, w2: Tensor, top_k_weights: Tensor, state: _Round) -> Tensor:
         top_k = state.top_k_index.shape[1]
         received = dispatch.dispatch_receive(
-            state.context, state.ticket, state.world, state.rows_per_source, w13.shape[2], top_k, w13.dtype
+            state.context, state.ticket.epoch, state.world, state.rows_per_source, w13.shape[2], top_k, w13.dtype
         )
         num_local_experts = w13.shape[0]
         capacity = received.rows.shape[0] * min(top_k, num_local_experts)
@@ -75,20 +92,24 @@ class _Experts(torch.autograd.Function):
         )
         gate_up, activated = experts.up_swiglu(received.rows, top_k, order, entry_counts, w13)
         experts.project_to_owner(
-            state.context, state.ticket, activated, received, order, entry_counts, w2, 1, state.rows_per_source
+            state.context, state.ticket.epoch, activated, received, order, entry_counts, w2, 1, state.rows_per_source
         )
+        if _is_recomputing():
+            # Recomputation stops at the last tensor that somebody saved, perhaps before this round's finish(), and in
+            # an overlapped stack finish() belongs to the next layer: nobody else would end the round.
+            state.combined = _combine(state, top_k_weights, w13.shape[2], w13.dtype)
         ctx.state = state
         ctx.save_for_backward(*received, order, entry_counts, gate_up, w13, w2)
         return torch.zeros_like(token)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         state: _Round = ctx.state
         *parts, order, entry_counts, gate_up, w13, w2 = ctx.saved_tensors
         received = Received(*parts)
         top_k = received.experts.shape[1]
-        ticket = state.gradient_ticket
+        ticket = state.gradient_ticket.epoch
         output_gradient = dispatch.gradient_receive(
             state.context, ticket, received.counts, state.rows_per_source, received.rows
         )
@@ -105,7 +126,7 @@ class _Experts(torch.autograd.Function):
         else:
             # Nobody waits for these gradients: neither the input nor the router needs one, on any rank.
             combine.release(state.context, ticket, state.world)
-            state.slots.close_round()
+            state.slots.close_round(state.gradient_ticket)
         if ctx.needs_input_grad[1]:
             w13_gradient = experts_backward.weight_gradient(
                 gate_up_gradient, received.rows, order, entry_counts, top_k, gather_left=False
@@ -115,7 +136,7 @@ class _Experts(torch.autograd.Function):
                 output_gradient, weighted_activation, order, entry_counts, top_k, gather_left=True
             )
         state.slots.memory.check()
-        return token_gradient, w13_gradient, w2_gradient, None
+        return token_gradient, w13_gradient, w2_gradient, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -124,19 +145,16 @@ class _Combine(torch.autograd.Function):
         ctx: Any, token: Tensor, top_k_weights: Tensor, hidden: int, dtype: torch.dtype, state: _Round
     ) -> Tensor:
         ctx.state = state
-        result = combine.combine(
-            state.context, state.ticket, state.world, state.top_k_index, top_k_weights, hidden, dtype
-        )
-        combine.release(state.context, state.ticket, state.world)
-        state.slots.close_round()
-        return result
+        if state.combined is None:
+            return _combine(state, top_k_weights, hidden, dtype)
+        return state.combined
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         state: _Round = ctx.state
         state.gradient_ticket = state.slots.open_round()
-        dispatch.gradient_send(state.context, state.gradient_ticket, gradient.contiguous(), state.positions)
+        dispatch.gradient_send(state.context, state.gradient_ticket.epoch, aligned(gradient), state.positions)
         state.slots.memory.check()
         return torch.zeros(1, device=gradient.device), None, None, None, None
 
@@ -162,7 +180,7 @@ class Pending:
         """Launch the expert GEMMs on what arrives; their results go straight to the owners of the tokens."""
         if self._computed is not None:
             raise RuntimeError("experts() was called twice on one pending round; call it once, or only finish().")
-        self._computed = _Experts.apply(self._token, *self._weights, self._state)
+        self._computed = _Experts.apply(self._token, *self._weights, self._top_k_weights, self._state)
         self._state.slots.memory.check()
 
     def finish(self) -> Tensor:

@@ -12,8 +12,8 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,9 +76,12 @@ def run_ranks_unchecked(
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
                 target=_rank_main,
-                args=(rank, world, str(folder / "store"), environment, device, wait_timeout, sender, function, args),
+                args=(rank, world, str(folder / "store"), device, wait_timeout, sender, function, args),
             )
-            process.start()
+            # Inherited, not set by the child: unpickling the function may import what asks the driver for its devices,
+            # and from then on MPS is not looked for.
+            with _environ(environment):
+                process.start()
             sender.close()
             processes.append(process)
             pipes.append(receiver)
@@ -115,18 +118,30 @@ def _environment(world: int, device: str, stack: ExitStack) -> dict[str, str]:
     }
 
 
+@contextmanager
+def _environ(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def _rank_main(
     rank: int,
     world: int,
     store: str,
-    environment: dict[str, str],
     device: str,
     wait_timeout: float,
     pipe: Any,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    os.environ.update(environment)
     import torch
     import torch.distributed as dist
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from farskip_fused.errors import UsageError
 from farskip_fused.expert_parallel import Pending
 from farskip_fused.kernels import routing
+from farskip_fused.kernels.machine import aligned
 from farskip_fused.symmetric import SymmetricMemory
 from farskip_fused.symmetric.slots import MINIMUM_DEPTH, Slots, SlotShape, open_slots
 
@@ -86,7 +88,8 @@ class Router(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """From [T, H] to expert ids [T, K] int32 and weights [T, K] float32."""
-        logits = nn.functional.linear(hidden_states.float(), self.weight.float())
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            logits = nn.functional.linear(hidden_states.float(), self.weight.float())
         return _Route.apply(logits, self.top_k, self.e_score_correction_bias, self.options)
 
 
@@ -161,18 +164,29 @@ class FusedExperts(nn.Module):
             raise RuntimeError("setup() was called inside CUDA-graph capture; call it before.")
         if self.ep is None:
             self.ep = _local(self.w13.device)
-        if self.ep.world > 1:
-            self._warm_up(open_slots(_local(self.w13.device), self.slot_shape))
+        self._check_weights()
+        scratch = _local(self.w13.device)
+        self._warm_up(open_slots(scratch, replace(self.slot_shape, max_tokens=WARM_UP_TOKENS)))
+        scratch.close()
         self._slots = open_slots(self.ep, self.slot_shape)
-        if self.ep.world == 1:
-            self._warm_up(self._slots)
         self.ep.synchronize()
         self.ep.barrier()
 
+    def _check_weights(self) -> None:
+        for name, weight in (("w13", self.w13), ("w2", self.w2)):
+            if weight.dtype != self.slot_shape.dtype:
+                raise TypeError(
+                    f"{name} is {weight.dtype} and the layer was made for {self.slot_shape.dtype}; give the dtype when "
+                    "the layer is made."
+                )
+            if not weight.is_contiguous() or weight.data_ptr() % 16:
+                raise UsageError(f"{name} must be contiguous and aligned to 16 bytes; assign a clone of it.")
+            if self.ep is not None and weight.device != self.ep.device:
+                raise UsageError(f"{name} is on {weight.device}, its symmetric memory on {self.ep.device}.")
+
     def _warm_up(self, slots: Slots) -> None:
         device, dtype = self.w13.device, self.slot_shape.dtype
-        tokens = min(WARM_UP_TOKENS, self.slot_shape.max_tokens)
-        local = self.w13.shape[0]
+        tokens, local = WARM_UP_TOKENS, self.w13.shape[0]
         ids = torch.arange(self.top_k, dtype=torch.int32, device=device)
         ids = torch.where(ids < local, ids, -1).expand(tokens, -1).contiguous()
         with torch.enable_grad():
@@ -187,10 +201,12 @@ class FusedExperts(nn.Module):
         """Launch the dispatch of [T, H] to experts [T, K] (-1: not routed) with weights [T, K]; returns at once.
 
         Raises RuntimeError before ``setup``, TypeError for a wrong dtype, UsageError for a wrong shape or device, for
-        more than ``max_tokens`` tokens and, on CPU, for ids out of range; on a GPU those are reported by a later call.
+        more than ``max_tokens`` tokens and, on CPU, for ids out of range. A GPU finds those itself: a later call
+        reports them, and the symmetric memory is then of no further use.
         """
         if self._slots is None:
             raise RuntimeError("The layer is not set up; call setup() on every rank before the first forward.")
+        self._check_weights()
         self._check_input(hidden_states)
         tokens = hidden_states.shape[0]
         if top_k_index.shape != (tokens, self.top_k) or top_k_weights.shape != (tokens, self.top_k):
@@ -203,16 +219,20 @@ class FusedExperts(nn.Module):
                 f"Expert ids of {top_k_index.dtype} and weights of {top_k_weights.dtype} were given; ids must be "
                 "integers and weights floating point."
             )
-        in_range = (top_k_index >= -1) & (top_k_index < self.num_experts)
-        if not top_k_index.is_cuda and not bool(in_range.all()):
+        for name, tensor in (("Expert ids", top_k_index), ("Weights", top_k_weights)):
+            if tensor.device != self.w13.device:
+                raise UsageError(f"{name} on {tensor.device} were given, experts on {self.w13.device}.")
+        if not top_k_index.is_cuda and not bool(((top_k_index >= -1) & (top_k_index < self.num_experts)).all()):
             raise UsageError(
                 f"Expert ids from {int(top_k_index.min())} to {int(top_k_index.max())} were given; they must be from 0 "
                 f"to {self.num_experts - 1}, or -1 for not routed."
             )
+        if top_k_index.dtype != torch.int32:
+            limits = torch.iinfo(torch.int32)  # beyond them an id out of range would wrap around to a valid one
+            top_k_index = top_k_index.clamp(limits.min, limits.max).to(torch.int32)
         return Pending(
-            self._slots, hidden_states.contiguous(), top_k_index.to(torch.int32).contiguous(),
-            top_k_weights.float().contiguous(), self.w13, self.w2,
-        )  # fmt: skip
+            self._slots, aligned(hidden_states), aligned(top_k_index), aligned(top_k_weights.float()), self.w13, self.w2
+        )
 
     def _check_input(self, hidden_states: Tensor) -> None:
         shape, expected = hidden_states.shape, self.slot_shape
@@ -257,6 +277,13 @@ class FusedMoE(FusedExperts):
         self.gate = Router(
             hidden_size, num_experts, top_k, device=self.w13.device, dtype=self.w13.dtype, **routing_options
         )
+
+    def _warm_up(self, slots: Slots) -> None:
+        super()._warm_up(slots)
+        with torch.enable_grad():
+            x = torch.zeros(WARM_UP_TOKENS, self.slot_shape.hidden_size, device=self.w13.device, dtype=self.w13.dtype)
+            _, weights = self.gate(x.requires_grad_())
+            torch.autograd.grad(weights.sum(), x)
 
     def start(self, hidden_states: Tensor) -> Pending:
         """Gate, routing and the launch of dispatch; returns at once."""

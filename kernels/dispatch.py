@@ -123,6 +123,8 @@ def _copy_rows(
         column = start + tl.arange(0, BLOCK_HIDDEN)
         mask = arrived[:, None] & (column < HIDDEN)[None, :]
         values = tl.load(slot_rows + taken[:, None] * HIDDEN + column[None, :], mask=mask)
+        # What did not arrive must not pass for a gradient.
+        values = tl.where(is_alive(context), values, float("nan")).to(rows.dtype.element_ty)
         tl.store(rows + kept[:, None] * HIDDEN + column[None, :], values, mask=mask)
 
 

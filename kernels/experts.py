@@ -46,7 +46,7 @@ class Tile:
 
 
 def choose_tile(dtype: torch.dtype) -> Tile:
-    """One tile a dtype; two of them fit beside each other in shared memory and registers on sm_80 and later."""
+    """One tile a dtype; its stages fit in the shared memory of sm_80 and later."""
     if INTERPRETED:
         return Tile(32, 128, 128, 4, 1)  # each step costs the interpreter the same, whatever its size
     if dtype == torch.float32:

@@ -49,3 +49,13 @@ else:
 def padded(size: int) -> int:
     """The power of two that a Triton block of at least ``size`` elements needs."""
     return max(triton.next_power_of_2(size), 1)
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, contiguous at an address divisible by 16; a copy where it is not.
+
+    Triton compiles another variant of a kernel for other addresses, and loading it in the middle of a pass may have to
+    wait for a kernel that waits for a peer.
+    """
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

@@ -15,6 +15,7 @@ from torch import Tensor
 from .machine import padded
 
 NORMALISATION_EPSILON = tl.constexpr(1e-20)
+LOWEST = tl.constexpr(-3.0e38)
 
 
 @triton.jit
@@ -51,6 +52,8 @@ def _route_forward(
     choice = scores
     if HAS_BIAS:
         choice += tl.load(bias + expert, mask=exists, other=0.0).to(tl.float32)[None, :]
+    # A NaN compares with nothing: it must not lead out of the range of the experts. The weights still carry it.
+    choice = tl.where(choice == choice, choice, LOWEST)
     choice = tl.where(exists[None, :], choice, float("-inf"))
 
     if TOP_GROUPS < GROUPS:

@@ -51,6 +51,7 @@ def test_a_usage_error_is_one_sentence_and_exit_code_2(capsys, command):
     ("arguments", "part"),
     [
         (("doctr",), "doctr"),
+        (("bench",), "Missing command"),
         (("doctor", "--jsn"), "--jsn"),
         (("doctor", "--json"), "--json"),
         (("doctor", "extra"), "extra"),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import farskip_fused as ff
 from farskip_fused.connectivity import NAMES, Streams, advance
@@ -94,6 +95,30 @@ def compare(layers, embedding, gradient):
 def test_schedule_equals_definition(connectivity, with_shared):
     layers = make_stack(connectivity, with_shared)
     compare(layers, torch.randn(TOKENS, HIDDEN, device=DEVICE), torch.randn(TOKENS, HIDDEN, device=DEVICE))
+
+
+def test_checkpointed_layers_give_the_same_gradients_step_after_step():
+    memory = ff.init(device=DEVICE)
+    layers = make_stack("farskip", False, memory)
+    for _ in range(3):
+        embedding, gradient = torch.randn(2, TOKENS, HIDDEN, device=DEVICE)
+        outcomes = []
+        for run in (run_schedule, run_checkpointed):
+            layers.zero_grad()
+            inputs = embedding.clone().requires_grad_()
+            run(layers, inputs).backward(gradient)
+            outcomes.append([inputs.grad, *(parameter.grad.clone() for parameter in layers.parameters())])
+        for plain, again in zip(*outcomes, strict=True):
+            assert_close(again, plain, torch.float32)
+    (slots,) = memory.buffers.values()
+    assert not slots.open_rounds
+
+
+def run_checkpointed(layers, embedding):
+    carry = embedding
+    for layer in layers:
+        carry = checkpoint(layer, carry, use_reentrant=False)
+    return carry.full()
 
 
 def compare_on_rank(memory):

@@ -5,6 +5,7 @@ import torch
 
 import farskip_fused as ff
 from farskip_fused import reference
+from farskip_fused.kernels import protocol
 from tests.numerics import DEVICE, assert_close
 
 # The interpreter has no bfloat16 dot; float16 takes the same path there.
@@ -44,7 +45,7 @@ def check_against_reference(layer, hidden_states, index, weights):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("tokens", "hidden", "intermediate", "num_experts", "top_k"),
-    [(1, 16, 16, 2, 1), (37, 96, 72, 8, 3), (64, 33, 17, 5, 5), (50, 130, 150, 4, 2), (7, 64, 64, 16, 2)],
+    [(1, 64, 16, 4, 4), (37, 96, 72, 8, 3), (64, 33, 17, 5, 5), (50, 130, 150, 4, 2), (7, 64, 64, 16, 2)],
 )
 def test_forward_and_every_gradient_match_float64(dtype, tokens, hidden, intermediate, num_experts, top_k):
     layer = make_experts(hidden, intermediate, num_experts, top_k, dtype)
@@ -111,7 +112,7 @@ def test_more_rounds_in_flight_than_slots_are_refused():
     layer = make_experts()
     arguments = (torch.randn(2, 48, device=DEVICE), *random_routing(2, 8, 3))
     pending = [layer.dispatch(*arguments), layer.dispatch(*arguments)]
-    with pytest.raises(RuntimeError, match="2 rounds are in flight"):
+    with pytest.raises(RuntimeError, match="oldest of 2 rounds in flight"):
         layer.dispatch(*arguments)
     for round_ in pending:
         round_.finish()
@@ -129,21 +130,53 @@ def test_layers_of_one_shape_share_their_slots():
     assert slots.buffer.memory.numel() == layers[0].size_hint()["total"]
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+def test_gradient_checkpointing_gives_the_same_gradients_step_after_step():
     layer = make_experts()
     index, weights = random_routing(20, 8, 3)
-    results = []
-    for checkpointed in (False, True):
-        hidden_states = torch.randn(20, 48, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1))
-        hidden_states.requires_grad_()
-        layer.zero_grad()
-        if checkpointed:
-            result = torch.utils.checkpoint.checkpoint(layer, hidden_states, index, weights, use_reentrant=False)
-        else:
-            result = layer(hidden_states, index, weights)
-        result.square().sum().backward()
-        results.append((result, hidden_states.grad, layer.w13.grad.clone(), layer.w2.grad.clone()))
-    assert all(torch.equal(plain, again) for plain, again in zip(*results, strict=True))
+    for step in range(4):
+        results = []
+        for checkpointed in (False, True):
+            generator = torch.Generator(DEVICE).manual_seed(step)
+            hidden_states = torch.randn(20, 48, device=DEVICE, generator=generator, requires_grad=True)
+            layer.zero_grad()
+            if checkpointed:
+                result = torch.utils.checkpoint.checkpoint(layer, hidden_states, index, weights, use_reentrant=False)
+            else:
+                result = layer(hidden_states, index, weights)
+            result.square().sum().backward()
+            results.append((result, hidden_states.grad, layer.w13.grad.clone(), layer.w2.grad.clone()))
+        assert all(torch.equal(plain, again) for plain, again in zip(*results, strict=True))
+    assert not layer._slots.open_rounds
+
+
+def test_the_slot_of_an_unfinished_round_is_not_given_away():
+    layer = make_experts()
+    first, second, third = ((torch.randn(9, 48, device=DEVICE), *random_routing(9, 8, 3)) for _ in range(3))
+    expected = layer(*first)
+    pending = layer.dispatch(*first)
+    layer(*second)
+    with pytest.raises(RuntimeError, match=r"oldest of 1 rounds in flight"):
+        layer.dispatch(*third)
+    assert torch.equal(pending.finish(), expected)
+    layer(*third)
+
+
+def test_a_failed_context_gives_no_finite_gradient():
+    layer = make_experts()
+    hidden_states = torch.randn(9, 48, device=DEVICE, requires_grad=True)
+    result = layer(hidden_states, *random_routing(9, 8, 3))
+    layer._slots.context[protocol.FAILED.value] = 1  # as an expired wait leaves it, before the host has looked
+    result.sum().backward()
+    routed = layer.w13.grad.flatten(1).any(dim=1)
+    assert not torch.isfinite(hidden_states.grad).any()
+    assert routed.any() and not torch.isfinite(layer.w13.grad[routed]).all(dim=(1, 2)).any()
+
+
+def test_unaligned_slices_are_ordinary_input():
+    layer = make_experts(hidden=50)
+    hidden_states, (index, weights) = torch.randn(10, 50, device=DEVICE), random_routing(10, 8, 3)
+    whole = layer(hidden_states, index, weights)
+    assert torch.equal(layer(hidden_states[1:], index[1:], weights[1:]), whole[1:])
 
 
 def test_the_whole_layer_routes_as_the_router_says():
@@ -205,6 +238,17 @@ class TestBadInput:
         with pytest.raises(ff.UsageError, match="from 0 to 7"):
             layer(torch.zeros(1, 48, device=DEVICE), index, torch.ones(1, 3, device=DEVICE))
             layer.ep.synchronize()
+
+    def test_a_layer_cast_after_it_was_made_is_refused(self):
+        layer = make_experts(max_tokens=8).half()
+        with pytest.raises(TypeError, match=r"w13 is torch.float16 and the layer was made for torch.float32"):
+            layer(torch.zeros(1, 48, device=DEVICE), *random_routing(1, 8, 3))
+
+    def test_weights_in_another_layout_are_refused(self):
+        layer = make_experts(max_tokens=8)
+        layer.w2 = torch.nn.Parameter(layer.w2.transpose(1, 2).contiguous().transpose(1, 2))
+        with pytest.raises(ff.UsageError, match="w2 must be contiguous"):
+            layer(torch.zeros(1, 48, device=DEVICE), *random_routing(1, 8, 3))
 
     def test_forward_before_setup_is_refused(self):
         layer = ff.FusedExperts(16, 16, 2, 1, max_tokens=4, device=DEVICE)

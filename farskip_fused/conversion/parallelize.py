@@ -35,7 +35,15 @@ def parallelize(model: Model, symmetric_memory: SymmetricMemory, *, max_tokens: 
     for block, experts in zip(blocks, fused, strict=True):
         block.experts = experts
         experts.setup()
+    cast(Any, model).save_pretrained = _refuse_to_save
     return model
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    raise UsageError(
+        "A parallel model holds this rank's experts only; save_pretrained before parallelize, or save each rank's "
+        "state_dict."
+    )
 
 
 def _check(experts: nn.Module, memory: SymmetricMemory) -> None:

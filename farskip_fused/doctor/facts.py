@@ -59,13 +59,17 @@ class Unmet:
 
 @dataclass(frozen=True)
 class Facts:
-    """What was seen. mps is "running", "stopped" or "missing"; extension is "cuda", "cpu" or "missing"."""
+    """What was seen.
+
+    checkout is the folder of an editable install; mps is "running", "stopped" or "missing"; extension is "cuda", "cpu"
+    or "missing".
+    """
 
     python: str
     platform: str
     package: str | None
     pip: str
-    reinstall: str
+    checkout: str | None
     versions: dict[str, str | None]
     torch_error: str | None = None
     torch_cuda: str | None = None
@@ -87,13 +91,12 @@ def collect() -> Facts:
     versions = {name: _first_version(distributions) for name, distributions in COMPONENTS.items()}
     driver, driver_gpus = _driver()
     extension, extension_error = _extension()
-    pip = f"{shlex.quote(sys.executable)} -m pip"
     return Facts(
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
         package=_first_version((DISTRIBUTION,)),
-        pip=pip,
-        reinstall=f"{pip} install {_source()}",
+        pip=f"{shlex.quote(sys.executable)} -m pip",
+        checkout=_checkout(),
         versions=versions,
         **_torch(versions["torch"]),
         driver=driver,
@@ -175,16 +178,13 @@ def _in_nvshmem(pattern: str) -> Any:
     return (str(path) for folder in folders for path in sorted((folder / "lib").glob(pattern)))
 
 
-def _source() -> str:
-    """What pip is given to install this package again: the checkout of an editable install, or its name."""
+def _checkout() -> str | None:
     try:
         text = metadata.distribution(DISTRIBUTION).read_text("direct_url.json")
     except metadata.PackageNotFoundError:
-        text = None
+        return None
     origin = json.loads(text) if text else {}
-    if origin.get("dir_info", {}).get("editable"):
-        return f"--no-deps -e {shlex.quote(origin['url'].removeprefix('file://'))}"
-    return f"--no-deps --force-reinstall --no-cache-dir {DISTRIBUTION}"
+    return origin["url"].removeprefix("file://") if origin.get("dir_info", {}).get("editable") else None
 
 
 def _unmet(versions: dict[str, str | None]) -> list[Unmet]:

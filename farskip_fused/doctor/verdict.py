@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from packaging.version import Version
 
-from farskip_fused.doctor.facts import Facts
+from farskip_fused.doctor.facts import DISTRIBUTION, Facts
 
 # The interpreter of older Triton releases fails with NumPy 2.4, and their LLVM cannot read the bitcode of NVSHMEM 3.8.
 INTERPRETER_TAKES_NUMPY_2_4 = Version("3.7")
@@ -60,7 +61,7 @@ def _installed(facts: Facts) -> Iterator[Problem]:
         yield Problem(
             False,
             f"Converting and distilling models needs {', '.join(missing)}.",
-            f"{facts.pip} install 'farskip-fused[hf]'",
+            _install(facts, "hf"),
         )
 
 
@@ -116,7 +117,7 @@ def _nvshmem(facts: Facts) -> Iterator[Problem]:
         return
     major = facts.torch_cuda.split(".")[0]
     other = "12" if major == "13" else "13"
-    extra = f"{facts.pip} install 'farskip-fused[nvshmem-cu{major}]'"
+    extra = _install(facts, f"nvshmem-cu{major}")
     if facts.versions.get(f"nvshmem4py-cu{major}") is None:
         wrong = facts.versions.get(f"nvshmem4py-cu{other}")
         if wrong:
@@ -154,14 +155,25 @@ def _extension(facts: Facts) -> Iterator[Problem]:
     if facts.extension == "missing":
         why = f" cannot be imported ({facts.extension_error})" if facts.extension_error else " was not built"
         tools = "" if facts.compiler else "apt-get install g++ && "
-        yield Problem(True, f"The extension farskip_fused._C{why}.", tools + facts.reinstall)
+        yield Problem(True, f"The extension farskip_fused._C{why}.", tools + _reinstall(facts))
     elif facts.extension == "cpu" and facts.gpus:
         tools = "" if facts.nvcc else ", after the CUDA toolkit is installed"
         yield Problem(
             False,
             f"The extension has its CPU part alone: benchmarks cannot hold multiprocessors back{tools}.",
-            f"FARSKIP_BUILD_CUDA=1 {facts.reinstall}",
+            f"FARSKIP_BUILD_CUDA=1 {_reinstall(facts)}",
         )
+
+
+def _install(facts: Facts, extra: str) -> str:
+    wanted = f"{facts.checkout or DISTRIBUTION}[{extra}]"
+    return f"{facts.pip} install {'-e ' if facts.checkout else ''}{shlex.quote(wanted)}"
+
+
+def _reinstall(facts: Facts) -> str:
+    if facts.checkout:
+        return f"{facts.pip} install --no-deps -e {shlex.quote(facts.checkout)}"
+    return f"{facts.pip} install --no-deps --force-reinstall --no-cache-dir {DISTRIBUTION}"
 
 
 def _release(version: str | None) -> str:

@@ -67,8 +67,10 @@ def estimate(shape: LayerShape, cluster: Cluster, *, tokens: int, sequence: int,
     """
     if ranks < 1 or shape.experts % ranks:
         raise UsageError(f"{shape.experts} experts do not divide over {ranks} ranks.")
-    if tokens < 1 or sequence < 1:
-        raise UsageError(f"{tokens} tokens in sequences of {sequence} were asked for; both must be at least 1.")
+    if not 1 <= sequence <= tokens:
+        raise UsageError(
+            f"Sequences of {sequence} of {tokens} tokens were asked for; from 1 to all tokens are possible."
+        )
     rate = cluster.tflops * ACHIEVED * 1e9  # FLOPs a millisecond
 
     def matmul(inputs: int, outputs: int) -> float:

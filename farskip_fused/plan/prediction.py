@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,13 @@ def predict(
     for what, name, known in (("model", model, SHAPES), ("cluster", cluster, CLUSTERS)):
         if name not in known:
             raise UsageError(f"Unknown {what} {name!r}; use {', '.join(known)}.")
+    if figure is not None:
+        if figure.suffix not in (".png", ".svg"):
+            raise UsageError(f"The figure {figure} must end in .png or .svg.")
+        if not figure.parent.is_dir():
+            raise UsageError(f"The directory of the figure {figure} does not exist; create it first.")
+        if find_spec("matplotlib") is None:
+            raise UsageError("A figure needs matplotlib; run: pip install 'farskip-fused[demo]'.")
     durations = estimate(SHAPES[model], CLUSTERS[cluster], tokens=tokens, sequence=sequence, ranks=ranks)
     report = {"model": model, "cluster": cluster, "ranks": ranks, "tokens": tokens, "sequence": sequence}
     times = {name: simulate(Connectivity.named(name), durations).layer_time for name in ("standard", "farskip")}

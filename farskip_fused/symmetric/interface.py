@@ -10,6 +10,7 @@ from torch import Tensor
 
 from farskip_fused.errors import PeerTimeout, UsageError
 from farskip_fused.kernels import protocol
+from farskip_fused.kernels.machine import INTERPRETED
 
 
 class SymmetricBuffer(NamedTuple):
@@ -32,6 +33,11 @@ class SymmetricMemory(ABC):
     backend: str
 
     def __init__(self, rank: int, world: int, device: torch.device, timeout: float) -> None:
+        if device.type == "cpu" and not INTERPRETED:
+            raise UsageError(
+                "In this process the kernels are compiled for the GPU and cannot serve CPU tensors; put the model on "
+                "the GPU, or start the program with CUDA_VISIBLE_DEVICES set to nothing."
+            )
         from farskip_fused._C import StatusBlock
 
         self.rank, self.world, self.device, self.timeout = rank, world, device, timeout
@@ -44,6 +50,10 @@ class SymmetricMemory(ABC):
     @abstractmethod
     def allocate(self, nbytes: int) -> SymmetricBuffer:
         """Allocate ``nbytes`` of zeros at every rank; collective, in the same order with the same sizes."""
+
+    @abstractmethod
+    def gather(self, value: Any) -> list[Any]:
+        """The picklable ``value`` of every rank, on the host; collective."""
 
     @abstractmethod
     def barrier(self) -> None:

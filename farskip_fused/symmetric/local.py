@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from farskip_fused.symmetric.interface import SymmetricBuffer, SymmetricMemory
@@ -16,6 +18,9 @@ class LocalMemory(SymmetricMemory):
     def allocate(self, nbytes: int) -> SymmetricBuffer:
         memory = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
         return SymmetricBuffer(memory, [memory.data_ptr()])
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
 
     def barrier(self) -> None:
         pass

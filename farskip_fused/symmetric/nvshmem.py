@@ -75,6 +75,11 @@ class NvshmemMemory(SymmetricMemory):
         self.barrier()
         return SymmetricBuffer(memory, addresses)
 
+    def gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
     def barrier(self) -> None:
         dist.barrier(group=self.group)
 

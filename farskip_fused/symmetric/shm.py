@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -35,9 +35,8 @@ class SharedMemory(SymmetricMemory):
         path = DIRECTORY / f"farskip-{uuid.uuid4().hex}"
         own = _map(path, nbytes)
         try:
-            paths: list[str] = [""] * self.world
-            dist.all_gather_object(paths, str(path), group=self.group)
-            storages = [own if rank == self.rank else _map(Path(peer), nbytes) for rank, peer in enumerate(paths)]
+            paths = self.gather(path)
+            storages = [own if rank == self.rank else _map(peer, nbytes) for rank, peer in enumerate(paths)]
             self.barrier()
         finally:
             # Nothing is left behind, whoever is killed later: the mappings keep the memory alive without its name.
@@ -45,6 +44,11 @@ class SharedMemory(SymmetricMemory):
         self._mapped += storages
         memory = torch.empty(0, dtype=torch.uint8).set_(own)
         return SymmetricBuffer(memory, [storage.data_ptr() for storage in storages])
+
+    def gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
     def barrier(self) -> None:
         dist.barrier(group=self.group)

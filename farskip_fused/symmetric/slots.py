@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +59,16 @@ class SlotShape:
         return {name: -(-sizes[name] // ALIGNMENT) * ALIGNMENT for name in protocol.REGION_NAMES}
 
 
+class Ticket(NamedTuple):
+    """A round. number: its place among this process's rounds; epoch: [1] int64 on the device, written by a kernel.
+
+    The two differ once a CUDA graph is replayed: the host's number stays, the epoch goes on.
+    """
+
+    number: int
+    epoch: Tensor
+
+
 class Slots:
     """Allocated slots of one shape; every layer of a model that has this shape uses the same ones.
 
@@ -81,27 +92,38 @@ class Slots:
             offset += size
         words[protocol.PEERS.value :] = self.buffer.addresses
         self.context = torch.tensor(words, dtype=torch.int64, device=memory.device)
-        self._in_flight = 0
+        self._opened = 0
+        self.open_rounds: set[int] = set()
 
-    def open_round(self) -> Tensor:
-        """Begin a round: its ticket, [1] int64 on the device, will hold the epoch."""
-        if self._in_flight >= self.shape.depth:
+    def open_round(self) -> Ticket:
+        """Begin a round; it takes the slot of the round ``depth`` before it, which must be closed."""
+        number = self._opened + 1
+        oldest = min(self.open_rounds, default=number)
+        if number - oldest >= self.shape.depth:
             raise RuntimeError(
-                f"{self._in_flight} rounds are in flight and the slots are {self.shape.depth} deep; finish one first "
-                "or give the layers a larger depth."
+                f"The oldest of {len(self.open_rounds)} rounds in flight still holds the slot that the next one needs, "
+                f"{self.shape.depth} deep; finish it first, or give the layers a larger depth. After an exception in the "
+                "middle of a round, close this symmetric memory and open a new one."
             )
-        self._in_flight += 1
-        ticket = torch.empty(1, dtype=torch.int64, device=self.memory.device)
-        protocol.open_round(self.context, ticket)
-        return ticket
+        self._opened = number
+        self.open_rounds.add(number)
+        epoch = torch.empty(1, dtype=torch.int64, device=self.memory.device)
+        protocol.open_round(self.context, epoch)
+        return Ticket(number, epoch)
 
-    def close_round(self) -> None:
-        self._in_flight -= 1
+    def close_round(self, ticket: Ticket) -> None:
+        self.open_rounds.remove(ticket.number)
 
 
 def open_slots(memory: SymmetricMemory, shape: SlotShape) -> Slots:
-    """The slots of that shape, allocated at the first call; collective."""
+    """The slots of that shape, allocated at the first call; collective.
+
+    Raises UsageError if the ranks ask for different shapes.
+    """
     slots = memory.buffers.get(shape)
     if slots is None:
+        for rank, other in enumerate(memory.gather(shape)):
+            if other != shape:
+                raise UsageError(f"Rank {memory.rank} sets up {shape} and rank {rank} {other}; make the layers equal.")
         slots = memory.buffers[shape] = Slots(memory, shape)
     return slots

@@ -33,16 +33,18 @@ def test_two_ranks_give_the_logits_and_gradients_of_one(tiny, tmp_path, device):
 
 
 def test_what_cannot_be_split_is_refused(tiny):
-    memory = ff.init(device="cpu")
-    model = tiny("deepseek_v3", torch.float64, num_hidden_layers=2)
+    memory = ff.init(device=DEVICE)
+    model = tiny("deepseek_v3", torch.float64, num_hidden_layers=2).to(DEVICE)
     with pytest.raises(TypeError, match="float64"):
         ff.parallelize(model, memory)
     with pytest.raises(ff.UsageError, match="ReLU"):
         model.model.layers[1].mlp.experts.act_fn = torch.nn.ReLU()
         ff.parallelize(model, memory)
-    model = ff.parallelize(tiny("deepseek_v3", torch.float32, num_hidden_layers=2), memory, max_tokens=8)
+    model = ff.parallelize(tiny("deepseek_v3", torch.float32, num_hidden_layers=2).to(DEVICE), memory, max_tokens=8)
     with pytest.raises(ff.UsageError, match="parallel already"):
         ff.parallelize(model, memory)
+    with pytest.raises(ff.UsageError, match="this rank's experts only"):
+        model.save_pretrained("anywhere")
 
 
 def test_experts_that_do_not_divide_are_refused():

@@ -44,3 +44,12 @@ def test_ties_go_to_the_lower_expert():
 def test_no_tokens_give_no_rows():
     experts, weights = routing.route_forward(torch.empty(0, 8, device=DEVICE), 2, sigmoid=False, **PLAIN)
     assert experts.shape == weights.shape == (0, 2)
+
+
+@pytest.mark.parametrize("num_experts", [8, 60])
+def test_nan_logits_choose_distinct_experts_and_show_in_the_weights(num_experts):
+    logits = torch.randn(5, num_experts, device=DEVICE)
+    logits[2] = float("nan")
+    experts, weights = routing.route_forward(logits, 3, sigmoid=True, **PLAIN)
+    assert all(len(set(row)) == 3 and set(row) <= set(range(num_experts)) for row in experts.tolist())
+    assert weights[2].isnan().all() and torch.isfinite(weights[[0, 1, 3, 4]]).all()

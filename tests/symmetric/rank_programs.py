@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import farskip_fused as ff
-from farskip_fused import reference
+from farskip_fused import _C, reference
 from tests.numerics import RELATIVE_ERROR, relative_error
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, MAX_TOKENS = 48, 40, 8, 3, 64
@@ -63,13 +63,13 @@ def compare_with_world_of_one(
         results = []
         for layer in (split, whole):
             inputs = (hidden.clone().requires_grad_(), weights.clone().requires_grad_())
-            delay(worst_delay)
+            delay(memory, worst_delay)
             pending = layer.dispatch(inputs[0], index, inputs[1])
-            delay(worst_delay)
+            delay(memory, worst_delay)
             pending.experts()
-            delay(worst_delay)
+            delay(memory, worst_delay)
             result = pending.finish()
-            delay(worst_delay)
+            delay(memory, worst_delay)
             result.backward(gradient)
             results.append([result.detach(), inputs[0].grad, inputs[1].grad])
         for name, value, alone in zip(("output", "input gradient", "weight gradient"), *results, strict=True):
@@ -89,9 +89,14 @@ def compare_with_world_of_one(
     return {"rank": memory.rank, "worst_relative_error": worst}
 
 
-def delay(worst: float) -> None:
-    if worst and torch.rand(()) < 0.2:
-        time.sleep(float(torch.rand(())) * worst)
+def delay(memory: ff.SymmetricMemory, worst: float) -> None:
+    """Now and then let this rank fall behind: its stream on a GPU, its process on a CPU."""
+    if torch.rand(()) < 0.2:
+        seconds = float(torch.rand(())) * worst
+        if memory.device.type == "cuda" and _C.has_cuda:
+            _C.hold(torch.cuda.current_stream().cuda_stream, 1, int(seconds * 1e6))
+        else:
+            time.sleep(seconds)
 
 
 PHASES = ("before dispatch", "before experts", "before finish", "before backward")
@@ -151,3 +156,12 @@ def repeat_experts(memory: ff.SymmetricMemory) -> str:
 
 def raise_an_error(memory: ff.SymmetricMemory) -> None:
     raise ArithmeticError(f"of rank {memory.rank}")
+
+
+def disagree(memory: ff.SymmetricMemory) -> str:
+    layer = ff.FusedExperts(HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, max_tokens=8 * (memory.rank + 1), ep=memory)
+    try:
+        layer.setup()
+    except ff.UsageError as error:
+        return str(error)
+    return "nothing was said"

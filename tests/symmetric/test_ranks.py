@@ -57,6 +57,12 @@ def test_repeated_experts_beyond_capacity_are_named(device):
     assert messages[0] != "nothing was said"
 
 
+@pytest.mark.parametrize("device", RUNGS)
+def test_layers_that_differ_between_ranks_are_refused(device):
+    for message in run_ranks(rank_programs.disagree, 2, device=device):
+        assert "max_tokens=8" in message and "max_tokens=16" in message
+
+
 @pytest.mark.rung2
 def test_the_exception_of_a_rank_comes_back():
     with pytest.raises(RankFailed, match="Rank 0 of 2 raised ArithmeticError: of rank 0"):
