@@ -1,35 +1,39 @@
 #!/usr/bin/env bash
 # Build, check and demonstrate on one GPU, in one command; prints a table last.
-#   bench/gpu_check.sh [tests|bench|demo ...]   all three without arguments
+#   bench/gpu_check.sh [tests] [demo] [bench]   all three without arguments
 # World 1, then 2 and 4 NVSHMEM processing elements side by side under an MPS daemon of its own. Changes no setting of
 # the card. Needs torch with CUDA, Triton, nvshmem4py and a compiler; PYTHON names the interpreter (default python3).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-$(mktemp -d)}
-PARTS=${*:-tests bench demo}
+PARTS=" ${*:-tests demo bench} "
+PYTEST="$PYTHON -m pytest -q -p no:cacheprovider"
+"$PYTHON" -c 'import xdist' 2>/dev/null && PARALLEL="-n 6" || PARALLEL=""
 
 part() {  # part NAME SECONDS COMMAND...: run, log, and note how it went
   local name=$1 limit=$2 start=$SECONDS; shift 2
   timeout -s KILL "$limit" "$@" >"$OUT/$name.log" 2>&1
   local code=$?
-  [ $code = 0 ] || { echo "== $name"; tail -n 60 "$OUT/$name.log"; }
   printf '%-8s %-8s %4d s  %s\n' "$name" "$([ $code = 0 ] && echo passed || echo "exit $code")" $((SECONDS - start)) \
     "$(grep -E '[0-9]+ (passed|failed).* in ' "$OUT/$name.log" | tail -n 1)" >"$OUT/$name.row"
 }
+wants() { [[ $PARTS == *" $1 "* ]]; }
 
 rm -f "$OUT"/*.row
 part build 200 "$PYTHON" -m pip install -q --no-deps --no-build-isolation -e .
-PYTEST="$PYTHON -m pytest -q -p no:cacheprovider"
-for wanted in $PARTS; do
-  case $wanted in
-    tests)  # most of their time is compilation on the host, so both parts run at once
-      part kernels 400 $PYTEST tests/kernels tests/test_moe.py tests/test_csrc.py tests/conversion/test_parallelize.py &
-      part ranks 400 $PYTEST tests/symmetric tests/test_layer.py &
-      wait ;;
-    bench) part bench 200 "$PYTHON" -m farskip_fused.cli bench experts --json "$OUT/experts.json"; cat "$OUT/bench.log" ;;
-    demo) part demo 580 "$PYTHON" -m farskip_fused.cli demo --output "$OUT/demo" --overwrite; tail -n 40 "$OUT/demo.log" ;;
-  esac
+# Tests and demo wait for the host most of the time, so they run side by side; the benchmark has the card to itself.
+if wants tests; then
+  part kernels 400 $PYTEST $PARALLEL -m 'not rung3' tests/kernels tests/test_moe.py tests/test_layer.py tests/test_csrc.py \
+    tests/conversion/test_parallelize.py &
+  part ranks 400 $PYTEST --durations=5 -m rung3 tests &
+fi
+wants demo && part demo 580 "$PYTHON" -m farskip_fused.cli demo --output "$OUT/demo" --overwrite &
+wait
+wants bench && part bench 200 "$PYTHON" -m farskip_fused.cli bench experts --json "$OUT/experts.json"
+for row in "$OUT"/*.row; do
+  name=$(basename "$row" .row)
+  if grep -q ' exit ' "$row" || [ "$name" = demo ] || [ "$name" = bench ]; then echo "== $name"; tail -n 40 "$OUT/$name.log"; fi
 done
 echo
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader

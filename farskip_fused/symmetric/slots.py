@@ -102,8 +102,8 @@ class Slots:
         if number - oldest >= self.shape.depth:
             raise RuntimeError(
                 f"The oldest of {len(self.open_rounds)} rounds in flight still holds the slot that the next one needs, "
-                f"{self.shape.depth} deep; finish it first, or give the layers a larger depth. After an exception in the "
-                "middle of a round, close this symmetric memory and open a new one."
+                f"{self.shape.depth} deep; finish it first, or give the layers a larger depth. After an exception in "
+                "the middle of a round, close this symmetric memory and open a new one."
             )
         self._opened = number
         self.open_rounds.add(number)

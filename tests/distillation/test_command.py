@@ -1,0 +1,145 @@
+"""``farskip distill`` and ``farskip eval`` on a tiny checkpoint with a tokenizer."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import farskip_fused as ff
+from farskip_fused import cli
+from farskip_fused.distillation import evaluate, read_documents, token_blocks, train_tokenizer
+
+SMALL = ("--block-length", "16", "--batch-tokens", "64", "--learning-rate", "5e-3")
+
+
+def run(capsys, *arguments):
+    """Exit code, stdout and stderr of the command."""
+    capsys.readouterr()  # what transformers has printed so far
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return stopped.value.code, captured.out, captured.err
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "text").mkdir()
+    for index in range(8):
+        (tmp_path / "text" / f"{index}.py").write_text(f"def square_{index}(x):\n    return x * x + {index}\n" * 4)
+    return tmp_path / "text"
+
+
+@pytest.fixture
+def checkpoints(tmp_path, text, build):
+    """Directories of a stock checkpoint and of the same model converted, both with a tokenizer."""
+    tokenizer = train_tokenizer(read_documents(text), 300)
+    model = build(vocab_size=300)
+    for name in ("stock", "converted"):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        ff.convert(model)
+    return tmp_path / "stock", tmp_path / "converted"
+
+
+def test_eval_gives_what_the_library_gives(capsys, tmp_path, text, checkpoints):
+    stock, converted = checkpoints
+    file = tmp_path / "report.json"
+    code, out, _ = run(
+        capsys, "eval", converted, "--data", text, "--teacher", stock, "--block-length", 16, "--json", file
+    )
+    assert code == 0
+    assert "KL to teacher" in out
+    model = ff.load(converted)
+    tokenizer = train_tokenizer(read_documents(text), 300)
+    blocks = token_blocks(read_documents(text), tokenizer, 16)
+    report = json.loads(file.read_text())
+    assert report["val_ce"] == pytest.approx(evaluate(model, blocks).val_ce, rel=1e-6)
+    assert report["kl"] == pytest.approx(evaluate(model, blocks, ff.revert(ff.load(converted))).kl, rel=1e-5)
+    assert report["tokens"] == blocks.numel()
+
+
+def test_eval_of_a_stock_checkpoint_without_a_teacher(capsys, text, checkpoints):
+    code, out, _ = run(capsys, "eval", checkpoints[0], "--data", text, "--block-length", 16)
+    assert code == 0
+    assert "KL" not in out
+
+
+def test_distill_saves_a_checkpoint_nearer_to_its_teacher(capsys, tmp_path, text, checkpoints):
+    stock, converted = checkpoints
+    output, file = tmp_path / "output", tmp_path / "report.json"
+    code, _, _ = run(
+        capsys,
+        "distill",
+        converted,
+        output,
+        "--data",
+        text,
+        "--validation",
+        text,
+        "--steps",
+        20,
+        *SMALL,
+        "--json",
+        file,
+    )
+    assert code == 0
+    report = json.loads(file.read_text())
+    assert (report["steps"], report["tokens"]) == (20, 20 * 64)
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    for checkpoint, result in ((converted, before), (output, after)):
+        run(capsys, "eval", checkpoint, "--data", text, "--teacher", stock, "--block-length", 16, "--json", result)
+    kl = [json.loads(result.read_text())["kl"] for result in (before, after)]
+    assert kl[1] < 0.7 * kl[0]
+    assert report["evaluations"][-1][1]["kl"] == pytest.approx(kl[1], rel=1e-5)
+
+
+def test_an_existing_output_is_kept_unless_told(capsys, tmp_path, text, checkpoints):
+    _, converted = checkpoints
+    output = tmp_path / "output"
+    output.mkdir()
+    arguments = ("distill", converted, output, "--data", text, "--steps", 1, *SMALL)
+    code, _, err = run(capsys, *arguments)
+    assert (code, err) == (2, f"farskip: OUTPUT {output} exists; name another or pass --overwrite.\n")
+    assert list(output.iterdir()) == []
+    assert run(capsys, *arguments, "--overwrite")[0] == 0
+    assert (output / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("distill", "converted", "converted", "--data", "text", "--overwrite"), "is MODEL_DIR itself"),
+        (("distill", "stock", "out", "--data", "text", *SMALL), "standard connectivity"),
+        (("distill", "converted", "out", "--data", "text", "--objective", "dpo"), "Unknown objective 'dpo'"),
+        (("distill", "converted", "out", "--data", "nowhere", *SMALL), "does not exist"),
+        (("distill", "text", "out", "--data", "text", *SMALL), "config.json is missing"),
+        (
+            ("distill", "converted", "out", "--data", "text", "--block-length", "65", "--batch-tokens", "65"),
+            "longer than",
+        ),
+        (("eval", "bare", "--data", "text"), "holds no tokenizer"),
+        (("eval", "converted", "--data", "text", "--device", "abacus"), "Device 'abacus' is not there"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(capsys, tmp_path, monkeypatch, checkpoints, arguments, part):
+    monkeypatch.chdir(tmp_path)
+    ff.load(checkpoints[1]).save_pretrained(tmp_path / "bare")
+    code, _, err = run(capsys, *arguments)
+    assert code == 2
+    # transformers draws a bar while it loads.
+    *_, sentence = err.splitlines()
+    assert sentence.startswith("farskip: ")
+    assert part in sentence
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_distilled_weights_differ_from_the_source_and_leave_it(capsys, tmp_path, text, checkpoints):
+    _, converted = checkpoints
+    before = ff.load(converted).state_dict()
+    run(capsys, "distill", converted, tmp_path / "output", "--data", text, "--steps", 1, *SMALL)
+    after = ff.load(tmp_path / "output").state_dict()
+    assert not torch.equal(after["lm_head.weight"], before["lm_head.weight"])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in ff.load(converted).state_dict().items())
