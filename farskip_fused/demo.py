@@ -55,16 +55,16 @@ class DemoSettings:
     """Sizes of the demo. Tokens a second and steps were chosen together: about six minutes on two cores."""
 
     vocab_size: int = 1024
-    hidden_size: int = 128
+    hidden_size: int = 96
     num_layers: int = 8
-    num_experts: int = 8
+    num_experts: int = 16
     moe_intermediate_size: int = 64
     block_length: int = 128
     batch_tokens: int = 1024
-    teacher_steps: int = 1500
-    teacher_learning_rate: float = 3e-3
-    recovery_steps: int = 300
-    recovery_learning_rate: float = 1e-3
+    teacher_steps: int = 1600
+    teacher_learning_rate: float = 5e-3
+    recovery_steps: int = 320
+    recovery_learning_rate: float = 2e-3
     validation_blocks: int = 256
     evaluations: int = 5
     seed: int = 0
