@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from farskip_fused.conversion import convert, load, parallelize, revert
     from farskip_fused.distillation import distill
     from farskip_fused.errors import PeerTimeout, UsageError
+    from farskip_fused.local_experts import fused_experts
     from farskip_fused.moe import FusedExperts, FusedMoE
     from farskip_fused.symmetric import SymmetricMemory, init
+    from farskip_fused.transformers_experts import use_fused_experts
 
 _HOMES = {
     "Connectivity": "connectivity",
@@ -27,6 +29,8 @@ _HOMES = {
     "SymmetricMemory": "symmetric",
     "FusedExperts": "moe",
     "FusedMoE": "moe",
+    "fused_experts": "local_experts",
+    "use_fused_experts": "transformers_experts",
     "PeerTimeout": "errors",
     "UsageError": "errors",
 }
@@ -41,10 +45,12 @@ __all__ = [
     "__version__",
     "convert",
     "distill",
+    "fused_experts",
     "init",
     "load",
     "parallelize",
     "revert",
+    "use_fused_experts",
 ]
 
 

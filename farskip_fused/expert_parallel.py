@@ -15,8 +15,13 @@ from torch.autograd.function import once_differentiable
 
 from farskip_fused.kernels import combine, dispatch, experts, experts_backward, layout
 from farskip_fused.kernels.dispatch import Received
-from farskip_fused.kernels.machine import aligned
+from farskip_fused.kernels.experts_to_owner import project_to_owner
+from farskip_fused.kernels.layout import Layout
+from farskip_fused.kernels.machine import INTERPRETED, aligned
 from farskip_fused.symmetric.slots import Slots
+
+# The same for any number of tokens: loading another variant of a kernel while one waits for a peer would deadlock.
+TILE_ROWS = 32 if INTERPRETED else 64
 
 
 class _Round:
@@ -87,41 +92,39 @@ class _Experts(torch.autograd.Function):
         )
         num_local_experts = w13.shape[0]
         capacity = received.rows.shape[0] * min(top_k, num_local_experts)
-        entry_counts, order = layout.expert_layout(
-            state.context, received.experts, received.counts, state.rows_per_source, num_local_experts, capacity
-        )
-        gate_up, activated = experts.up_swiglu(received.rows, top_k, order, entry_counts, w13)
-        experts.project_to_owner(
-            state.context, state.ticket.epoch, activated, received, order, entry_counts, w2, 1, state.rows_per_source
-        )
+        where = layout.expert_layout(
+            state.context, received.experts, received.counts, state.rows_per_source, num_local_experts, capacity,
+            TILE_ROWS,
+        )  # fmt: skip
+        gate_up, activated = experts.up_swiglu(received.rows, where, top_k, w13, keep_gate_up=True)
+        project_to_owner(state.context, state.ticket.epoch, activated, received, where, w2, 1, state.rows_per_source)
         if _is_recomputing():
             # Recomputation stops at the last tensor that somebody saved, perhaps before this round's finish(), and in
             # an overlapped stack finish() belongs to the next layer: nobody else would end the round.
             state.combined = _combine(state, top_k_weights, w13.shape[2], w13.dtype)
         ctx.state = state
-        ctx.save_for_backward(*received, order, entry_counts, gate_up, w13, w2)
+        ctx.save_for_backward(*received, *where[:5], gate_up, w13, w2)
         return torch.zeros_like(token)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         state: _Round = ctx.state
-        *parts, order, entry_counts, gate_up, w13, w2 = ctx.saved_tensors
-        received = Received(*parts)
+        *parts, gate_up, w13, w2 = ctx.saved_tensors
+        received, where = Received(*parts[:5]), Layout._make([*parts[5:], TILE_ROWS])
         top_k = received.experts.shape[1]
         ticket = state.gradient_ticket.epoch
         output_gradient = dispatch.gradient_receive(
             state.context, ticket, received.counts, state.rows_per_source, received.rows
         )
         gate_up_gradient, weighted_activation, weight_parts = experts_backward.down_gradient_swiglu(
-            output_gradient, received.weights, order, entry_counts, w2, gate_up
+            output_gradient, received.weights, where, w2, gate_up
         )
         token_gradient, w13_gradient, w2_gradient = None, None, None
         if ctx.needs_input_grad[0]:
-            experts.project_to_owner(
-                state.context, ticket, gate_up_gradient, received, order, entry_counts, w13, 2,
-                state.rows_per_source, weight_parts,
-            )  # fmt: skip
+            project_to_owner(
+                state.context, ticket, gate_up_gradient, received, where, w13, 2, state.rows_per_source, weight_parts
+            )
             token_gradient = torch.zeros(1, device=w13.device)
         else:
             # Nobody waits for these gradients: neither the input nor the router needs one, on any rank.
@@ -129,11 +132,11 @@ class _Experts(torch.autograd.Function):
             state.slots.close_round(state.gradient_ticket)
         if ctx.needs_input_grad[1]:
             w13_gradient = experts_backward.weight_gradient(
-                gate_up_gradient, received.rows, order, entry_counts, top_k, gather_left=False
+                gate_up_gradient, received.rows, where, top_k, gather_left=False
             )
         if ctx.needs_input_grad[2]:
             w2_gradient = experts_backward.weight_gradient(
-                output_gradient, weighted_activation, order, entry_counts, top_k, gather_left=True
+                output_gradient, weighted_activation, where, top_k, gather_left=True
             )
         state.slots.memory.check()
         return token_gradient, w13_gradient, w2_gradient, None, None

@@ -1,4 +1,4 @@
-"""Gradients of the expert GEMMs.
+"""Gradients of the expert GEMMs: plain Triton for any architecture, or Hopper's kernels.
 
 As in SonicMoE (arXiv 2512.14080), the gradient of a router weight is the inner product of the unweighted gradient
 through the down-projection with the activation, so that the expert's output need not be kept.
@@ -11,39 +11,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .experts import choose_tile, locate_tile, precision, row_tiles
-from .machine import padded
+from . import hopper, hopper_down_gradient, hopper_weight_gradient
+from .experts import multiply_rows
+from .layout import Layout
+from .tiles import choose_tile, locate_tile, precision
 
 
 @triton.jit
 def _down_gradient_swiglu(
-    output_gradient, row_weights, order, entry_counts, w2, gate_up,
+    output_gradient, weights, order, tiles, tile_count, w2, gate_up,
     gate_up_gradient, weighted_activation, weight_gradient_parts,
-    HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, TOP_K: tl.constexpr,
-    EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, COLUMN_TILES: tl.constexpr,
+    HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, TOP_K: tl.constexpr, COLUMN_TILES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    expert, start, end = locate_tile(entry_counts, tl.program_id(0), EXPERTS, EXPERTS_PADDED, BLOCK_ROWS)
-    if expert < EXPERTS:
-        at = start + tl.arange(0, BLOCK_ROWS)
+    exists, expert, start, end = locate_tile(tiles, tile_count, tl.program_id(0), BLOCK_ROWS)
+    if exists:
+        at = (start + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
         in_range = at < end
         entry = tl.load(order + at, mask=in_range, other=0)
         row = (entry // TOP_K).to(tl.int64)
-        at = at.to(tl.int64)
         column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
         column_valid = column < INTERMEDIATE
-        matrix = w2 + expert.to(tl.int64) * (HIDDEN * INTERMEDIATE) + column[None, :]
-        through_down = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-        for step in range(0, HIDDEN, BLOCK_DEPTH):
-            depth = (step + tl.arange(0, BLOCK_DEPTH)).to(tl.int64)
-            valid = depth < HIDDEN
-            gradient = tl.load(
-                output_gradient + row[:, None] * HIDDEN + depth[None, :],
-                mask=in_range[:, None] & valid[None, :], other=0.0,
-            )  # fmt: skip
-            w = tl.load(matrix + depth[:, None] * INTERMEDIATE, mask=valid[:, None] & column_valid[None, :], other=0.0)
-            through_down = tl.dot(gradient, w, through_down, input_precision=PRECISION)
-
+        through_down = multiply_rows(
+            output_gradient, row, in_range, w2 + expert * (HIDDEN * INTERMEDIATE) + column, column_valid,
+            HIDDEN, HIDDEN, INTERMEDIATE, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, PRECISION,
+        )  # fmt: skip
         mask = in_range[:, None] & column_valid[None, :]
         saved = at[:, None] * (2 * INTERMEDIATE) + column[None, :]
         gate = tl.load(gate_up + saved, mask=mask, other=0.0).to(tl.float32)
@@ -52,7 +44,7 @@ def _down_gradient_swiglu(
         activation = gate * sigmoid * up
         part = tl.sum(tl.where(mask, through_down * activation, 0.0), axis=1)
         tl.store(weight_gradient_parts + at * COLUMN_TILES + tl.program_id(1), part, mask=in_range)
-        weight = tl.load(row_weights + entry.to(tl.int64), mask=in_range, other=0.0)[:, None]
+        weight = tl.load(weights + entry.to(tl.int64), mask=in_range, other=0.0)[:, None]
         element = gate_up_gradient.dtype.element_ty
         weighted = weighted_activation + at[:, None] * INTERMEDIATE + column[None, :]
         tl.store(weighted, (weight * activation).to(element), mask=mask)
@@ -64,16 +56,13 @@ def _down_gradient_swiglu(
 
 @triton.jit
 def _weight_gradient(
-    left, right, order, entry_counts, result,
+    left, right, order, offsets, result,
     LEFT_SIZE: tl.constexpr, RIGHT_SIZE: tl.constexpr, TOP_K: tl.constexpr,
-    GATHER_LEFT: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr,
+    GATHER_LEFT: tl.constexpr, ACCUMULATE: tl.constexpr,
     BLOCK_LEFT: tl.constexpr, BLOCK_RIGHT: tl.constexpr, BLOCK_DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(2)
-    index = tl.arange(0, EXPERTS_PADDED)
-    counts = tl.load(entry_counts + index, mask=index < EXPERTS, other=0)
-    start = tl.sum(tl.where(index < expert, counts, 0))
-    end = start + tl.sum(tl.where(index == expert, counts, 0))
+    start, end = tl.load(offsets + expert), tl.load(offsets + expert + 1)
     left_column = tl.program_id(0) * BLOCK_LEFT + tl.arange(0, BLOCK_LEFT)
     right_column = tl.program_id(1) * BLOCK_RIGHT + tl.arange(0, BLOCK_RIGHT)
     left_valid, right_valid = left_column < LEFT_SIZE, right_column < RIGHT_SIZE
@@ -96,29 +85,33 @@ def _weight_gradient(
         total = tl.dot(a, b, total, input_precision=PRECISION)
     target = result + expert.to(tl.int64) * (LEFT_SIZE * RIGHT_SIZE)
     target += left_column.to(tl.int64)[:, None] * RIGHT_SIZE + right_column[None, :]
-    tl.store(target, total.to(result.dtype.element_ty), mask=left_valid[:, None] & right_valid[None, :])
+    mask = left_valid[:, None] & right_valid[None, :]
+    if ACCUMULATE:
+        total += tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target, total.to(result.dtype.element_ty), mask=mask)
 
 
 def down_gradient_swiglu(
-    output_gradient: Tensor, row_weights: Tensor, order: Tensor, entry_counts: Tensor, w2: Tensor, gate_up: Tensor
+    output_gradient: Tensor, weights: Tensor, layout: Layout, w2: Tensor, gate_up: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient through the down-projection and SwiGLU.
 
-    output_gradient: [R, H], one row a received row; row_weights: [R, K] float32; w2: [E, H, I]; gate_up: [C, 2I].
+    output_gradient: [R, H], by row of the forward pass; weights: [R, K] float32; w2: [E, H, I]; gate_up: [C, 2I].
     Returns the gradient of gate_up [C, 2I], the activation times its router weight [C, I] (for the gradient of w2),
     and the parts [C, P] float32 whose sum over P is the gradient of the entry's router weight.
     """
-    experts, hidden, intermediate = w2.shape
-    capacity = order.shape[0]
-    tile = choose_tile(gate_up.dtype)
+    _, hidden, intermediate = w2.shape
+    if hopper.usable(output_gradient, layout.tile_rows, hidden, intermediate):
+        return hopper_down_gradient.down_gradient_swiglu(output_gradient, weights, layout, w2, gate_up)
+    tile = choose_tile(layout.tile_rows, gate_up.dtype)
     column_tiles = triton.cdiv(intermediate, tile.columns)
     gate_up_gradient = torch.empty_like(gate_up)
-    weighted_activation = torch.empty(capacity, intermediate, dtype=gate_up.dtype, device=gate_up.device)
-    parts = torch.empty(capacity, column_tiles, dtype=torch.float32, device=gate_up.device)
-    _down_gradient_swiglu[(row_tiles(capacity, experts, tile.rows), column_tiles)](
-        output_gradient, row_weights, order, entry_counts, w2, gate_up, gate_up_gradient, weighted_activation, parts,
-        HIDDEN=hidden, INTERMEDIATE=intermediate, TOP_K=row_weights.shape[1],
-        EXPERTS=experts, EXPERTS_PADDED=padded(experts), COLUMN_TILES=column_tiles,
+    weighted_activation = gate_up.new_empty(gate_up.shape[0], intermediate)
+    parts = torch.empty(gate_up.shape[0], column_tiles, dtype=torch.float32, device=gate_up.device)
+    _down_gradient_swiglu[(layout.tiles.shape[0], column_tiles)](
+        output_gradient, weights, layout.order, layout.tiles, layout.tile_count, w2, gate_up,
+        gate_up_gradient, weighted_activation, parts,
+        HIDDEN=hidden, INTERMEDIATE=intermediate, TOP_K=weights.shape[1], COLUMN_TILES=column_tiles,
         BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth, PRECISION=precision(gate_up.dtype),
         **tile.launch,
     )  # fmt: skip
@@ -126,22 +119,32 @@ def down_gradient_swiglu(
 
 
 def weight_gradient(
-    left: Tensor, right: Tensor, order: Tensor, entry_counts: Tensor, top_k: int, gather_left: bool
+    left: Tensor,
+    right: Tensor,
+    layout: Layout,
+    top_k: int,
+    gather_left: bool,
+    accumulate_into: Tensor | None = None,
 ) -> Tensor:
     """Sum of outer products of left [., M] and right [., N] over the entries of each expert: [E, M, N].
 
-    One of the two is sorted by expert, the other (left if ``gather_left``) is indexed by received row.
-    An expert without entries gets zeros.
+    One of the two is sorted by expert, the other (left if ``gather_left``) is indexed by row.
+    An expert without entries gets zeros. With ``accumulate_into`` [E, M, N], of any floating dtype, the sum is added to
+    it and it is returned.
     """
-    experts = entry_counts.shape[0]
+    experts = layout.offsets.shape[0] - 1
     left_size, right_size = left.shape[1], right.shape[1]
-    result = torch.empty(experts, left_size, right_size, dtype=left.dtype, device=left.device)
-    tile = choose_tile(left.dtype)
-    grid = (triton.cdiv(left_size, tile.rows), triton.cdiv(right_size, tile.columns), experts)
-    _weight_gradient[grid](
-        left, right, order, entry_counts, result,
-        LEFT_SIZE=left_size, RIGHT_SIZE=right_size, TOP_K=top_k, GATHER_LEFT=gather_left,
-        EXPERTS=experts, EXPERTS_PADDED=padded(experts),
+    gathered, ordered = (left, right) if gather_left else (right, left)
+    if hopper.usable(gathered, layout.tile_rows, left_size, right_size) and hopper.has_margin(ordered):
+        return hopper_weight_gradient.weight_gradient(
+            gathered, ordered, layout, top_k, not gather_left, accumulate_into
+        )
+    result = left.new_empty(experts, left_size, right_size) if accumulate_into is None else accumulate_into
+    tile = choose_tile(64, left.dtype)
+    _weight_gradient[(triton.cdiv(left_size, tile.rows), triton.cdiv(right_size, tile.columns), experts)](
+        left, right, layout.order, layout.offsets, result,
+        LEFT_SIZE=left_size, RIGHT_SIZE=right_size, TOP_K=top_k,
+        GATHER_LEFT=gather_left, ACCUMULATE=accumulate_into is not None,
         BLOCK_LEFT=tile.rows, BLOCK_RIGHT=tile.columns, BLOCK_DEPTH=tile.depth, PRECISION=precision(left.dtype),
         **tile.launch,
     )  # fmt: skip

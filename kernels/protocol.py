@@ -102,7 +102,8 @@ def is_alive(context):
 @triton.jit
 def fail(context, code, peer, phase, epoch, expected, seen):
     """Mark the context as failed and, for the first failure, tell the host; the code is written last."""
-    if tl.atomic_cas(context + FAILED, tl.full((), 0, tl.int64), tl.full((), 1, tl.int64)) == 0:
+    # An exchange: Triton 3.5 does not compile a compare-and-swap of 64 bits.
+    if tl.atomic_xchg(context + FAILED, tl.full((), 1, tl.int64)) == 0:
         status = tl.load(context + STATUS_ADDRESS).to(tl.pointer_type(tl.int64))
         tl.store(status + STATUS_RANK, tl.load(context + RANK))
         tl.store(status + STATUS_PEER, peer)

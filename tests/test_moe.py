@@ -1,4 +1,4 @@
-"""The MoE layer in a world of one: numbers against float64, odd sizes, and what is refused at the door."""
+"""The MoE layer of one rank, alone and on the slots of a world of one: numbers against float64, and what is refused."""
 
 import pytest
 import torch
@@ -12,9 +12,14 @@ from tests.numerics import DEVICE, assert_close
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 
 
-def make_experts(hidden=48, intermediate=40, num_experts=8, top_k=3, dtype=torch.float32, max_tokens=64, depth=2):
+@pytest.fixture(params=["alone", "slots"])
+def memory(request):
+    return ff.init(device=DEVICE) if request.param == "slots" else None
+
+
+def make_experts(memory, hidden=48, intermediate=40, num_experts=8, top_k=3, dtype=torch.float32, max_tokens=64):
     layer = ff.FusedExperts(
-        hidden, intermediate, num_experts, top_k, max_tokens=max_tokens, depth=depth, device=DEVICE, dtype=dtype
+        hidden, intermediate, num_experts, top_k, ep=memory, max_tokens=max_tokens, device=DEVICE, dtype=dtype
     )
     with torch.no_grad():
         for weight in layer.parameters():
@@ -47,15 +52,15 @@ def check_against_reference(layer, hidden_states, index, weights):
     ("tokens", "hidden", "intermediate", "num_experts", "top_k"),
     [(1, 64, 16, 4, 4), (37, 96, 72, 8, 3), (64, 33, 17, 5, 5), (50, 130, 150, 4, 2), (7, 64, 64, 16, 2)],
 )
-def test_forward_and_every_gradient_match_float64(dtype, tokens, hidden, intermediate, num_experts, top_k):
-    layer = make_experts(hidden, intermediate, num_experts, top_k, dtype)
+def test_forward_and_every_gradient_match_float64(memory, dtype, tokens, hidden, intermediate, num_experts, top_k):
+    layer = make_experts(memory, hidden, intermediate, num_experts, top_k, dtype)
     index, weights = random_routing(tokens, num_experts, top_k)
     check_against_reference(layer, torch.randn(tokens, hidden, device=DEVICE, dtype=dtype), index, weights)
 
 
 @pytest.mark.parametrize("case", ["one expert", "unrouted positions", "unrouted tokens"])
-def test_uneven_routing_is_ordinary(case):
-    layer = make_experts()
+def test_uneven_routing_is_ordinary(memory, case):
+    layer = make_experts(memory)
     index, weights = random_routing(40, 8, 3)
     if case == "one expert":
         index = torch.tensor([5, -1, -1], device=DEVICE).expand(40, 3).contiguous()
@@ -66,8 +71,8 @@ def test_uneven_routing_is_ordinary(case):
     check_against_reference(layer, torch.randn(40, 48, device=DEVICE), index, weights)
 
 
-def test_no_tokens_give_no_rows_and_zero_gradients():
-    layer = make_experts()
+def test_no_tokens_give_no_rows_and_zero_gradients(memory):
+    layer = make_experts(memory)
     hidden_states = torch.empty(0, 48, device=DEVICE, requires_grad=True)
     result = layer(hidden_states, torch.empty(0, 3, dtype=torch.long, device=DEVICE), torch.empty(0, 3, device=DEVICE))
     result.sum().backward()
@@ -76,16 +81,16 @@ def test_no_tokens_give_no_rows_and_zero_gradients():
     assert not layer.w13.grad.any() and not layer.w2.grad.any()
 
 
-def test_two_runs_are_bitwise_equal():
-    layer = make_experts()
+def test_two_runs_are_bitwise_equal(memory):
+    layer = make_experts(memory)
     hidden_states, (index, weights) = torch.randn(50, 48, device=DEVICE), random_routing(50, 8, 3)
     first = layer(hidden_states, index, weights)
     layer(torch.randn(13, 48, device=DEVICE), *random_routing(13, 8, 3))  # leaves other rows in the slots
     assert torch.equal(layer(hidden_states, index, weights), first)
 
 
-def test_frozen_weights_and_frozen_input_still_give_the_other_gradients():
-    layer = make_experts()
+def test_frozen_weights_and_frozen_input_still_give_the_other_gradients(memory):
+    layer = make_experts(memory)
     index, weights = random_routing(20, 8, 3)
     layer.w2.requires_grad_(False)
     layer(torch.randn(20, 48, device=DEVICE), index, weights).sum().backward()
@@ -97,8 +102,8 @@ def test_frozen_weights_and_frozen_input_still_give_the_other_gradients():
     assert hidden_states.grad is not None
 
 
-def test_split_calls_equal_one_call_and_overlap_two_rounds():
-    layer = make_experts()
+def test_split_calls_equal_one_call_and_overlap_two_rounds(memory):
+    layer = make_experts(memory)
     inputs = [(torch.randn(9, 48, device=DEVICE), *random_routing(9, 8, 3)) for _ in range(2)]
     whole = [layer(*arguments) for arguments in inputs]
     first, second = (layer.dispatch(*arguments) for arguments in inputs)
@@ -109,7 +114,7 @@ def test_split_calls_equal_one_call_and_overlap_two_rounds():
 
 
 def test_more_rounds_in_flight_than_slots_are_refused():
-    layer = make_experts()
+    layer = make_experts(ff.init(device=DEVICE))
     arguments = (torch.randn(2, 48, device=DEVICE), *random_routing(2, 8, 3))
     pending = [layer.dispatch(*arguments), layer.dispatch(*arguments)]
     with pytest.raises(RuntimeError, match="oldest of 2 rounds in flight"):
@@ -130,10 +135,10 @@ def test_layers_of_one_shape_share_their_slots():
     assert slots.buffer.memory.numel() == layers[0].size_hint()["total"]
 
 
-def test_gradient_checkpointing_gives_the_same_gradients_step_after_step():
-    layer = make_experts()
+def test_gradient_checkpointing_gives_the_same_gradients_step_after_step(memory):
+    layer = make_experts(memory)
     index, weights = random_routing(20, 8, 3)
-    for step in range(4):
+    for step in range(1 if memory is None else 4):
         results = []
         for checkpointed in (False, True):
             generator = torch.Generator(DEVICE).manual_seed(step)
@@ -146,11 +151,11 @@ def test_gradient_checkpointing_gives_the_same_gradients_step_after_step():
             result.square().sum().backward()
             results.append((result, hidden_states.grad, layer.w13.grad.clone(), layer.w2.grad.clone()))
         assert all(torch.equal(plain, again) for plain, again in zip(*results, strict=True))
-    assert not layer._slots.open_rounds
+    assert memory is None or not layer._slots.open_rounds
 
 
 def test_the_slot_of_an_unfinished_round_is_not_given_away():
-    layer = make_experts()
+    layer = make_experts(ff.init(device=DEVICE))
     first, second, third = ((torch.randn(9, 48, device=DEVICE), *random_routing(9, 8, 3)) for _ in range(3))
     expected = layer(*first)
     pending = layer.dispatch(*first)
@@ -162,7 +167,7 @@ def test_the_slot_of_an_unfinished_round_is_not_given_away():
 
 
 def test_a_failed_context_gives_no_finite_gradient():
-    layer = make_experts()
+    layer = make_experts(ff.init(device=DEVICE))
     hidden_states = torch.randn(9, 48, device=DEVICE, requires_grad=True)
     result = layer(hidden_states, *random_routing(9, 8, 3))
     layer._slots.context[protocol.FAILED.value] = 1  # as an expired wait leaves it, before the host has looked
@@ -172,17 +177,17 @@ def test_a_failed_context_gives_no_finite_gradient():
     assert routed.any() and not torch.isfinite(layer.w13.grad[routed]).all(dim=(1, 2)).any()
 
 
-def test_unaligned_slices_are_ordinary_input():
-    layer = make_experts(hidden=50)
+def test_unaligned_slices_are_ordinary_input(memory):
+    layer = make_experts(memory, hidden=50)
     hidden_states, (index, weights) = torch.randn(10, 50, device=DEVICE), random_routing(10, 8, 3)
     whole = layer(hidden_states, index, weights)
     assert torch.equal(layer(hidden_states[1:], index[1:], weights[1:]), whole[1:])
 
 
-def test_the_whole_layer_routes_as_the_router_says():
+def test_the_whole_layer_routes_as_the_router_says(memory):
     layer = ff.FusedMoE(
-        32, 24, 8, 2, max_tokens=32, scoring="sigmoid", normalize_top_k=True, routed_scaling=2.5, correction_bias=True,
-        device=DEVICE,
+        32, 24, 8, 2, ep=memory, max_tokens=32, device=DEVICE,
+        scoring="sigmoid", normalize_top_k=True, routed_scaling=2.5, correction_bias=True,
     )  # fmt: skip
     layer.setup()
     with torch.no_grad():
@@ -207,9 +212,22 @@ def test_the_whole_layer_routes_as_the_router_says():
     assert_close(layer.gate.weight.grad, exact["weight"].grad, torch.float32)
 
 
+def test_one_rank_needs_neither_memory_nor_set_up_nor_a_bound():
+    layer = ff.FusedExperts(48, 40, 8, 3, max_tokens=4, device=DEVICE)
+    assert layer.size_hint() == {"total": 0}
+    index, weights = random_routing(20, 8, 3)
+    hidden_states = torch.randn(20, 48, device=DEVICE)
+    result = layer(hidden_states, index, weights)
+    layer.setup()
+    assert layer.ep is None
+    assert torch.equal(layer(hidden_states, index, weights), result)
+    half = layer.half()(hidden_states.half(), index, weights)
+    assert_close(half, result, torch.float16)
+
+
 @pytest.fixture(scope="module")
 def layer():
-    return make_experts(max_tokens=8)
+    return make_experts(ff.init(device=DEVICE), max_tokens=8)
 
 
 class TestBadInput:
@@ -233,25 +251,25 @@ class TestBadInput:
 
     @pytest.mark.parametrize("wrong", [8, -2, 1000])
     def test_expert_ids_out_of_range_are_named(self, wrong):
-        layer = make_experts(max_tokens=8)
+        layer = make_experts(ff.init(device=DEVICE), max_tokens=8)
         index = torch.tensor([[0, 1, wrong]], device=DEVICE)
         with pytest.raises(ff.UsageError, match="from 0 to 7"):
             layer(torch.zeros(1, 48, device=DEVICE), index, torch.ones(1, 3, device=DEVICE))
             layer.ep.synchronize()
 
     def test_a_layer_cast_after_it_was_made_is_refused(self):
-        layer = make_experts(max_tokens=8).half()
+        layer = make_experts(ff.init(device=DEVICE), max_tokens=8).half()
         with pytest.raises(TypeError, match=r"w13 is torch.float16 and the layer was made for torch.float32"):
             layer(torch.zeros(1, 48, device=DEVICE), *random_routing(1, 8, 3))
 
     def test_weights_in_another_layout_are_refused(self):
-        layer = make_experts(max_tokens=8)
+        layer = make_experts(ff.init(device=DEVICE), max_tokens=8)
         layer.w2 = torch.nn.Parameter(layer.w2.transpose(1, 2).contiguous().transpose(1, 2))
         with pytest.raises(ff.UsageError, match="w2 must be contiguous"):
             layer(torch.zeros(1, 48, device=DEVICE), *random_routing(1, 8, 3))
 
     def test_forward_before_setup_is_refused(self):
-        layer = ff.FusedExperts(16, 16, 2, 1, max_tokens=4, device=DEVICE)
+        layer = ff.FusedExperts(16, 16, 2, 1, ep=ff.init(device=DEVICE), max_tokens=4)
         with pytest.raises(RuntimeError, match=r"call setup\(\)"):
             layer(
                 torch.zeros(1, 16, device=DEVICE),

@@ -1,6 +1,7 @@
 """Models and checkpoints of transformers' MoE families to FarSkip connectivity and back.
 
-Importing this package registers the types of converted checkpoints with transformers' Auto classes.
+Importing this package registers the types of converted checkpoints with transformers' Auto classes, and the kernels
+with its experts implementations.
 """
 
 from farskip_fused.errors import UsageError
@@ -10,10 +11,11 @@ try:
 except ModuleNotFoundError as error:
     raise UsageError("Conversion needs transformers; run: pip install 'farskip-fused[hf]'.") from error
 
+from farskip_fused import transformers_experts  # noqa: F401
 from farskip_fused.conversion.checkpoints import check_checkpoint, convert_checkpoint, load
 from farskip_fused.conversion.families import FAMILIES
 from farskip_fused.conversion.models import register
-from farskip_fused.conversion.parallelize import parallelize
+from farskip_fused.conversion.parallel_experts import parallelize
 from farskip_fused.conversion.rewiring import as_teacher, connectivity_of, convert, moe_blocks, revert
 
 __all__ = [

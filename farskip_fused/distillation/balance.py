@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from farskip_fused.errors import UsageError
+from farskip_fused.router_losses import update_correction_bias
 
 
 class ExpertBalance:
@@ -43,11 +44,9 @@ class ExpertBalance:
 
     def step(self) -> None:
         """Moves the biases by the tokens counted since the last step."""
-        with torch.no_grad():
-            for bias, tokens in zip(self._biases, self._tokens, strict=True):
-                load = tokens.to(bias.dtype)
-                bias += self._rate * torch.sign(load.mean() - load)
-                tokens.zero_()
+        for bias, tokens in zip(self._biases, self._tokens, strict=True):
+            update_correction_bias(bias, tokens, self._rate)
+            tokens.zero_()
 
 
 def _counting(tokens: Tensor) -> Any:

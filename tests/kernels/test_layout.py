@@ -1,20 +1,33 @@
-"""Positions and the expert-sorted index, against the counting sort of the extension and a plain loop."""
+"""Positions, the expert-sorted order and its tiles, against the counting sort of the extension and plain torch."""
 
 import numpy as np
 import pytest
 import torch
 
 from farskip_fused import _C
-from farskip_fused.kernels import layout
+from farskip_fused.kernels import layout, protocol
 from farskip_fused.symmetric.local import LocalMemory
 from farskip_fused.symmetric.slots import SlotShape, open_slots
 from tests.numerics import DEVICE
 
+TILE_ROWS = 16
 
-@pytest.fixture(scope="module")
+
+@pytest.fixture
 def context():
-    shape = SlotShape(max_tokens=4096, hidden_size=16, top_k=3, dtype=torch.float32)
-    return open_slots(LocalMemory(torch.device(DEVICE), 5.0), shape).context
+    memory = LocalMemory(torch.device(DEVICE), 5.0)
+    yield open_slots(memory, SlotShape(max_tokens=16, hidden_size=16, top_k=3, dtype=torch.float32)).context
+    memory.close()
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Whatever a kernel leaves unwritten must not happen to be right."""
+
+    def filled(*shape, **options):
+        return torch.full(shape[0] if len(shape) == 1 else shape, -77, **options)
+
+    monkeypatch.setattr(layout.torch, "empty", filled)
 
 
 def random_experts(tokens, num_experts, top_k):
@@ -22,34 +35,113 @@ def random_experts(tokens, num_experts, top_k):
     return torch.where(torch.rand(experts.shape) < 0.2, -1, experts)
 
 
+def check(found, experts, num_experts, valid=None):
+    """The layout of ids ``experts`` [R, K] on the CPU, of which those outside [0, E) and not ``valid`` do not count."""
+    flat = experts.flatten().long()
+    routed = (flat >= 0) & (flat < num_experts)
+    if valid is not None:
+        routed &= valid[:, None].expand_as(experts).flatten()
+    order = torch.where(routed, flat, num_experts).argsort(stable=True)[: int(routed.sum())]
+    offsets = torch.bincount(flat[routed], minlength=num_experts).cumsum(0)
+    offsets = torch.cat([offsets.new_zeros(1), offsets])
+    places = torch.full_like(flat, -1).index_put((order,), torch.arange(len(order)))
+    tiles = []
+    for expert in range(num_experts):
+        start, end = int(offsets[expert]), int(offsets[expert + 1])
+        first = len(tiles)
+        tiles += [[expert, first, start, end]] * -(-(end - start) // TILE_ROWS)
+    assert found.tile_rows == TILE_ROWS
+    assert torch.equal(found.offsets.cpu().long(), offsets)
+    assert torch.equal(found.order.cpu()[: len(order)].long(), order)
+    assert (found.order.cpu()[len(order) :] == -77).all()
+    assert torch.equal(found.places.cpu().flatten().long(), places)
+    assert found.tile_count.tolist() == [len(tiles)]
+    assert found.tiles.cpu()[: len(tiles)].tolist() == tiles
+
+
+def received_layout(context, experts, received, rows_per_source, num_experts):
+    capacity = experts.shape[0] * min(experts.shape[1], num_experts)
+    received = torch.tensor(received, dtype=torch.int32, device=DEVICE)
+    return layout.expert_layout(
+        context, experts.to(DEVICE), received, rows_per_source, num_experts, capacity, TILE_ROWS
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 37, 1500])
-def test_entries_are_sorted_by_expert_then_token_then_position(context, tokens):
+def test_received_entries_are_sorted_as_the_extension_sorts_them(context, tokens):
     experts = random_experts(tokens, 8, 3)
-    received = torch.tensor([tokens], dtype=torch.int32, device=DEVICE)
-    counts, order = layout.expert_layout(context, experts.to(DEVICE), received, max(tokens, 1), 8, tokens * 3)
-    expected_counts, expected_order = _C.layout(experts.numpy(), 8)
-    assert np.array_equal(counts.cpu().numpy(), expected_counts)
-    assert np.array_equal(order.cpu().numpy()[: len(expected_order)], expected_order)
+    found = received_layout(context, experts, [tokens], max(tokens, 1), 8)
+    check(found, experts, 8)
+    counts, order = _C.layout(experts.numpy(), 8)
+    assert np.array_equal(found.offsets.diff().cpu().numpy(), counts)
+    assert np.array_equal(found.order.cpu().numpy()[: len(order)], order)
 
 
 def test_rows_that_did_not_arrive_are_left_out(context):
-    experts = random_experts(40, 8, 3)
-    received = torch.tensor([7, 0, 10, 3], dtype=torch.int32, device=DEVICE)  # of four sources with ten rows each
-    counts, order = layout.expert_layout(context, experts.to(DEVICE), received, 10, 8, 120)
-    row = torch.arange(40)
-    valid = (row % 10 < received.cpu()[row // 10])[:, None] & (experts >= 0)
-    expected = [
-        token * 3 + k for expert in range(8) for token in range(40) for k in range(3)
-        if valid[token, k] and experts[token, k] == expert
-    ]  # fmt: skip
-    assert int(counts.sum()) == len(expected)
-    assert order.cpu().tolist()[: len(expected)] == expected
+    experts, received = random_experts(2000, 8, 3), torch.tensor([7, 0, 500, 3])  # of four sources with 500 rows each
+    found = received_layout(context, experts, received.tolist(), 500, 8)
+    row = torch.arange(2000)
+    check(found, experts, 8, valid=row % 500 < received[row // 500])
 
 
-def test_a_row_goes_once_to_each_rank_in_token_order(context):
-    experts = random_experts(1100, 8, 3)
-    positions, counts = layout.send_layout(context, experts.to(DEVICE), 1, 8)
-    wanted = (experts >= 0).any(dim=1)
-    expected = torch.where(wanted, wanted.cumsum(0) - 1, -1)
-    assert torch.equal(positions[:, 0].cpu().long(), expected)
-    assert counts.tolist() == [int(wanted.sum())]
+def test_a_failed_context_routes_nothing(context):
+    context[protocol.FAILED.value] = 1
+    experts = random_experts(600, 8, 3)
+    check(received_layout(context, experts, [600], 600, 8), torch.full_like(experts, -1), 8)
+
+
+def test_repeated_experts_beyond_the_capacity_fail_the_context(context):
+    experts = torch.zeros(600, 3, dtype=torch.int32)  # three times the one expert there is
+    found = received_layout(context, experts, [600], 600, 1)
+    check(found, torch.full_like(experts, -1), 1)
+    assert int(context[protocol.FAILED.value]) == 1
+
+
+# The sizes at which one program is enough, at which there are several, and at which these take more than one chunk.
+@pytest.mark.parametrize(
+    ("tokens", "num_experts", "top_k"),
+    [(0, 4, 2), (1, 1, 1), (30, 8, 3), (255, 60, 8), (257, 64, 8), (1000, 5, 3), (17000, 256, 8)],
+)
+def test_own_entries_are_sorted_by_expert_then_token_then_position(tokens, num_experts, top_k):
+    experts = random_experts(tokens, num_experts, top_k)
+    check(layout.local_layout(experts.to(DEVICE), num_experts, TILE_ROWS), experts, num_experts)
+
+
+@pytest.mark.parametrize("tokens", [100, 900])
+@pytest.mark.parametrize("case", ["one expert", "none", "repeated", "out of range"])
+def test_any_ids_are_ordinary_input(tokens, case):
+    experts = {
+        "one expert": torch.full((tokens, 4), -1).index_fill(1, torch.tensor([2]), 5),
+        "none": torch.full((tokens, 4), -1),
+        "repeated": torch.randint(0, 2, (tokens, 4)),
+        "out of range": torch.randint(-2000, 2000, (tokens, 4)) % 23 - 7,
+    }[case].to(torch.int32)
+    check(layout.local_layout(experts.to(DEVICE), 8, TILE_ROWS), experts, 8)
+
+
+def test_extreme_ids_are_not_routed():
+    limits = torch.iinfo(torch.int32)
+    experts = torch.tensor([[limits.min, 0, limits.max], [7, 8, -1]], dtype=torch.int32)
+    check(layout.local_layout(experts.to(DEVICE), 8, TILE_ROWS), experts, 8)
+
+
+@pytest.mark.parametrize("tokens", [0, 5, 1700])
+def test_a_row_goes_once_to_each_rank_in_token_order(context, tokens):
+    world, local = 4, 2
+    context[protocol.WORLD.value] = world  # positions and counts take nothing else from the context
+    experts = random_experts(tokens, world * local, 3)
+    positions, counts = layout.send_layout(context, experts.to(DEVICE), world, local)
+    for peer in range(world):
+        wanted = ((experts >= 0) & (experts // local == peer)).any(dim=1)
+        expected = torch.where(wanted, wanted.cumsum(0) - 1, -1)
+        assert torch.equal(positions[:, peer].cpu().long(), expected)
+        assert int(counts[peer]) == int(wanted.sum())
+    assert int(context[protocol.FAILED.value]) == 0
+
+
+@pytest.mark.parametrize("wrong", [8, -2])
+def test_an_id_out_of_range_fails_the_context_of_the_sender(context, wrong):
+    experts = random_experts(900, 8, 3)
+    experts[700, 1] = wrong
+    layout.send_layout(context, experts.to(DEVICE), 1, 8)
+    assert int(context[protocol.FAILED.value]) == 1

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 import farskip_fused as ff
 from farskip_fused import _C, reference
+from farskip_fused.symmetric.local import LocalMemory
 from tests.numerics import RELATIVE_ERROR, relative_error
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, MAX_TOKENS = 48, 40, 8, 3, 64
@@ -19,7 +20,8 @@ HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, MAX_TOKENS = 48, 40, 8, 3, 64
 def make_layers(memory: ff.SymmetricMemory, dtype: torch.dtype) -> tuple[ff.FusedExperts, ff.FusedExperts]:
     """The same experts twice: split over the ranks, and whole at every rank."""
     shape = (HIDDEN, INTERMEDIATE, EXPERTS, TOP_K)
-    whole = ff.FusedExperts(*shape, max_tokens=MAX_TOKENS, device=memory.device, dtype=dtype)
+    alone = LocalMemory(memory.device, memory.timeout)  # slots too, so that the sums have the same order
+    whole = ff.FusedExperts(*shape, max_tokens=MAX_TOKENS, ep=alone, dtype=dtype)
     split = ff.FusedExperts(*shape, max_tokens=MAX_TOKENS, ep=memory, dtype=dtype)
     local = EXPERTS // memory.world
     torch.manual_seed(0)

@@ -1,0 +1,328 @@
+"""The expert layer of one rank, forward and backward, as operators of torch.library.
+
+Three operators, one a step (layout, expert GEMMs, sum), so that a layer can be started, computed and finished like one
+whose experts live on several ranks; torch.compile(fullgraph=True) and CUDA graphs take them. Only the sum has a
+gradient: its backward is that of the whole layer, a fourth operator. Saved for it are the hidden states, the gate and
+up pre-activations, the router weights and the layout: 2 T H + 4 T K I bytes in half precision, and indices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farskip_fused.errors import UsageError
+from farskip_fused.kernels import experts, experts_backward, gather_sum, layout
+from farskip_fused.kernels.layout import Layout
+from farskip_fused.kernels.machine import aligned
+from farskip_fused.kernels.tiles import choose_tile_rows
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+_LAYOUT = "Tensor order, Tensor places, Tensor offsets, Tensor tiles, Tensor tile_count, int tile_rows"
+_INPUTS = "Tensor hidden_states, Tensor top_k_weights, Tensor w13, Tensor w2"
+_SAVED = f"{_INPUTS}, Tensor gate_up, {_LAYOUT}, bool transposed"
+
+
+def fused_experts(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """Weighted sum of each token's SwiGLU experts, all of them on this rank: [T, H], differentiable.
+
+    hidden_states: [T, H] bfloat16, float16 or float32, of any T, also 0.
+    top_k_index: [T, K] integers, expert ids from 0 to E - 1, -1 for not routed.
+    top_k_weights: [T, K] floating point; the sum is in float32, position 0 first.
+    w13: [E, 2I, H], gate rows, then up rows; w2: [E, H, I]; of the hidden states' dtype. With ``transposed`` they are
+        [E, H, 2I] and [E, I, H], as Llama-4 and Aria store them, and so are their gradients.
+    Raises UsageError or TypeError for tensors that do not fit together and, on CPU, for ids out of range.
+    """
+    check_experts(w13, w2, transposed)
+    check_hidden_states(hidden_states, w2.shape[2 if transposed else 1], w13)
+    check_routing(hidden_states.shape[0], top_k_index, top_k_weights, w13.device)
+    where = sort_entries(top_k_index, w13)
+    return LocalPending(hidden_states, where, top_k_weights, w13, w2, transposed=transposed).finish()
+
+
+def sort_entries(top_k_index: Tensor, w13: Tensor) -> Layout:
+    """The entries of ids [T, K] sorted by expert, for the GEMMs with ``w13``."""
+    tile_rows = choose_tile_rows(top_k_index.numel(), w13.shape[0], w13.dtype)
+    order, places, offsets, tiles, tile_count = _expert_layout(top_k_index, w13.shape[0], tile_rows)
+    return Layout(order, places, offsets, tiles, tile_count, tile_rows)
+
+
+class LocalPending:
+    """A call in flight on one rank: the steps of ``expert_parallel.Pending`` without peers. Trusts its arguments.
+
+    where: the entries sorted by expert, by ``sort_entries`` or by the router that chose them.
+    main_grads: tensors shaped as ``w13`` and ``w2`` to which backward adds their gradients, instead of returning them.
+    """
+
+    def __init__(
+        self,
+        hidden_states: Tensor,
+        where: Layout,
+        top_k_weights: Tensor,
+        w13: Tensor,
+        w2: Tensor,
+        *,
+        transposed: bool = False,
+        main_grads: Sequence[Tensor | None] | None = None,
+    ) -> None:
+        self.output_shape = hidden_states.shape
+        inputs = (hidden_states, top_k_weights.float(), w13, w2)
+        self._has_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+        # What was started without gradients keeps nothing to compute them from.
+        self._inputs = inputs if self._has_gradient else tuple(tensor.detach() for tensor in inputs)
+        self._layout, self._transposed = where, transposed
+        self._main_grads: Sequence[Tensor | None] = main_grads or (None, None)
+        self._computed: tuple[Tensor, ...] | None = None
+        self._finished = False
+
+    def experts(self) -> None:
+        """Launch the expert GEMMs."""
+        if self._computed is not None:
+            raise RuntimeError("experts() was called twice on one pending call; call it once, or only finish().")
+        hidden_states, _, w13, w2 = (tensor.detach() for tensor in self._inputs)
+        self._computed = _expert_outputs(hidden_states, w13, w2, *self._layout, self._transposed, self._has_gradient)
+
+    def finish(self) -> Tensor:
+        """Their weighted sum, shaped as the input; calls ``experts`` if nobody has."""
+        if self._finished:
+            raise RuntimeError("finish() was called twice on one pending call; keep its first result.")
+        if self._computed is None:
+            self.experts()
+            assert self._computed is not None
+        self._finished = True
+        values, gate_up = self._computed
+        self._computed = ()  # gives the values back, which are as large as K inputs
+        result = _sum_experts(values, *self._inputs, gate_up, *self._layout, self._transposed, *self._main_grads)
+        return result.reshape(self.output_shape)
+
+
+def check_experts(w13: Tensor, w2: Tensor, transposed: bool) -> None:
+    """UsageError or TypeError unless the two are contiguous weights of one set of experts."""
+    hidden_dim = 1 if transposed else 2
+    fits = w13.dim() == w2.dim() == 3 and w13.shape[3 - hidden_dim] == 2 * w2.shape[hidden_dim]
+    if not fits or w13.shape[0] != w2.shape[0] or w13.shape[hidden_dim] != w2.shape[3 - hidden_dim]:
+        needed = "[E, H, 2I] and [E, I, H]" if transposed else "[E, 2I, H] and [E, H, I]"
+        raise UsageError(f"w13 {list(w13.shape)} and w2 {list(w2.shape)} were given; they must be {needed}.")
+    if w13.dtype != w2.dtype or w13.dtype not in DTYPES:
+        raise TypeError(
+            f"w13 of {w13.dtype} and w2 of {w2.dtype} were given; both must be bfloat16, float16 or float32."
+        )
+    if w13.device != w2.device:
+        raise UsageError(f"w13 is on {w13.device} and w2 on {w2.device}; move one of them.")
+    for name, weight in (("w13", w13), ("w2", w2)):
+        if not weight.is_contiguous():
+            raise UsageError(f"{name} must be contiguous; assign a clone of it.")
+
+
+def check_hidden_states(hidden_states: Tensor, hidden_size: int, weight: Tensor) -> None:
+    """UsageError or TypeError unless they are [T, hidden_size] of the weight's dtype and device."""
+    shape = hidden_states.shape
+    if hidden_states.dim() != 2 or shape[1] != hidden_size:
+        raise UsageError(f"Hidden states {list(shape)} were given; [tokens, {hidden_size}] is needed.")
+    if hidden_states.dtype != weight.dtype:
+        raise TypeError(f"Hidden states of {hidden_states.dtype} were given; the experts are {weight.dtype}.")
+    if hidden_states.device != weight.device:
+        raise UsageError(f"Hidden states on {hidden_states.device} were given, experts on {weight.device}.")
+
+
+def check_routing(
+    tokens: int, top_k_index: Tensor, top_k_weights: Tensor, device: torch.device, top_k: int | None = None
+) -> None:
+    """UsageError or TypeError unless ids and weights are [tokens, top_k], integers and floating point, on ``device``.
+
+    top_k: None where any number will do.
+    """
+    needed = (tokens, top_k_index.shape[-1] if top_k is None and top_k_index.dim() else top_k)
+    if top_k_index.shape != needed or top_k_weights.shape != needed:
+        raise UsageError(
+            f"Expert ids {list(top_k_index.shape)} and weights {list(top_k_weights.shape)} were given; "
+            f"both must be [{tokens}, {'top_k' if top_k is None else top_k}]."
+        )
+    if top_k_index.is_floating_point() or not top_k_weights.is_floating_point():
+        raise TypeError(
+            f"Expert ids of {top_k_index.dtype} and weights of {top_k_weights.dtype} were given; ids must be "
+            "integers and weights floating point."
+        )
+    for name, tensor in (("Expert ids", top_k_index), ("Weights", top_k_weights)):
+        if tensor.device != device:
+            raise UsageError(f"{name} on {tensor.device} were given, experts on {device}.")
+
+
+def check_ids(top_k_index: Tensor, num_experts: int) -> None:
+    """UsageError if an id on the CPU is out of range; on a GPU that would wait for the device."""
+    if top_k_index.is_cuda:
+        return
+    ids = top_k_index.long()
+    if not bool(((ids >= -1) & (ids < num_experts)).all()):
+        raise UsageError(
+            f"Expert ids from {int(ids.min())} to {int(ids.max())} were given; they must be from 0 to "
+            f"{num_experts - 1}, or -1 for not routed."
+        )
+
+
+@torch.library.custom_op(
+    "farskip_fused::expert_layout",
+    mutates_args=(),
+    schema="(Tensor top_k_index, SymInt num_experts, int tile_rows) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _expert_layout(top_k_index: Tensor, num_experts: int, tile_rows: int) -> tuple[Tensor, ...]:
+    check_ids(top_k_index, num_experts)
+    if top_k_index.dtype not in (torch.int32, torch.int64):
+        top_k_index = top_k_index.to(torch.int32)
+    return tuple(layout.local_layout(aligned(top_k_index), num_experts, tile_rows)[:5])
+
+
+@_expert_layout.register_fake
+def _(top_k_index: Tensor, num_experts: int, tile_rows: int) -> tuple[Tensor, ...]:
+    entries = top_k_index.numel()
+    row_tiles = torch.sym_max(entries // tile_rows + torch.sym_min(num_experts, entries), 1)
+    shapes = ([entries], list(top_k_index.shape), [num_experts + 1], [row_tiles, 4], [1])
+    return tuple(top_k_index.new_empty(shape, dtype=torch.int32) for shape in shapes)
+
+
+@torch.library.custom_op(
+    "farskip_fused::expert_outputs",
+    mutates_args=(),
+    schema=f"(Tensor hidden_states, Tensor w13, Tensor w2, {_LAYOUT}, bool transposed, bool keep_gate_up)"
+    " -> (Tensor, Tensor)",
+)
+def _expert_outputs(hidden_states: Tensor, w13: Tensor, w2: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Outputs of the experts before their sum [C, H], and gate and up pre-activations [C, 2I], or [0, 2I]."""
+    *parts, transposed, keep_gate_up = rest
+    where = Layout(*parts)
+    rows, w13, w2 = aligned(hidden_states), aligned(w13), aligned(w2)
+    gate_up, activated = experts.up_swiglu(rows, where, where.places.shape[1], _rows(w13, transposed), keep_gate_up)
+    if gate_up is None:
+        gate_up = activated.new_empty(0, 2 * activated.shape[1])
+    return experts.project(activated, where, w2, 2 if transposed else 1), gate_up
+
+
+@_expert_outputs.register_fake
+def _(hidden_states: Tensor, w13: Tensor, w2: Tensor, order: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, transposed, keep_gate_up = rest
+    capacity = order.shape[0]
+    values = hidden_states.new_empty(capacity, hidden_states.shape[1])
+    return values, hidden_states.new_empty(capacity if keep_gate_up else 0, w13.shape[2 if transposed else 1])
+
+
+@torch.library.custom_op(
+    "farskip_fused::sum_experts",
+    mutates_args=(),
+    schema=f"(Tensor values, {_SAVED}, Tensor? w13_main_grad, Tensor? w2_main_grad) -> Tensor",
+)
+def _sum_experts(values: Tensor, hidden_states: Tensor, top_k_weights: Tensor, *rest: Any) -> Tensor:
+    _, _, _, _, places, *_ = rest
+    return gather_sum.sum_entries(values, places, aligned(top_k_weights))
+
+
+@_sum_experts.register_fake
+def _(values: Tensor, hidden_states: Tensor, *_: Any) -> Tensor:
+    return hidden_states.new_empty(hidden_states.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *saved, ctx.tile_rows, ctx.transposed, w13_main_grad, w2_main_grad = inputs
+    ctx.save_for_backward(*saved)
+    # Not saved by autograd: another micro-batch may add to them before this one's backward.
+    ctx.main_grads = (w13_main_grad, w2_main_grad)
+
+
+def _differentiate(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad[1:5]
+    arguments = (output_gradient, *ctx.saved_tensors, ctx.tile_rows, ctx.transposed, needed)
+    if ctx.main_grads == (None, None):
+        results = _expert_gradients(*arguments)
+    else:
+        results = (*_expert_gradients_into(*arguments, *ctx.main_grads), None, None)
+    gradients = [result if wanted else None for result, wanted in zip(results, needed, strict=True)]
+    return None, *gradients, *[None] * 10
+
+
+_sum_experts.register_autograd(_differentiate, setup_context=_save)
+
+
+@torch.library.custom_op(
+    "farskip_fused::expert_gradients",
+    mutates_args=(),
+    schema=f"(Tensor output_gradient, {_SAVED}, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _expert_gradients(*arguments: Any) -> tuple[Tensor, ...]:
+    """Of hidden states, router weights, w13 and w2; an empty tensor where it is not needed."""
+    return tuple(_gradients(*arguments, (None, None)))
+
+
+@_expert_gradients.register_fake
+def _(
+    output_gradient: Tensor, hidden_states: Tensor, top_k_weights: Tensor, w13: Tensor, w2: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    inputs = (hidden_states, top_k_weights, w13, w2)
+    return tuple(
+        tensor.new_empty(tensor.shape if wanted else [0]) for tensor, wanted in zip(inputs, rest[-1], strict=True)
+    )
+
+
+@torch.library.custom_op(
+    "farskip_fused::expert_gradients_into",
+    mutates_args=("w13_main_grad", "w2_main_grad"),
+    schema=f"(Tensor output_gradient, {_SAVED}, bool[] needed, Tensor(a!)? w13_main_grad, Tensor(b!)? w2_main_grad)"
+    " -> (Tensor, Tensor)",
+)
+def _expert_gradients_into(*arguments: Any) -> tuple[Tensor, ...]:
+    """Of hidden states and router weights; those of w13 and w2 are added to their main gradients."""
+    *rest, w13_main_grad, w2_main_grad = arguments
+    return tuple(_gradients(*rest, (w13_main_grad, w2_main_grad))[:2])
+
+
+@_expert_gradients_into.register_fake
+def _(output_gradient: Tensor, hidden_states: Tensor, top_k_weights: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    needed = rest[-3]
+    inputs = (hidden_states, top_k_weights)
+    return tuple(
+        tensor.new_empty(tensor.shape if wanted else [0]) for tensor, wanted in zip(inputs, needed[:2], strict=True)
+    )
+
+
+def _gradients(
+    output_gradient: Tensor, hidden_states: Tensor, top_k_weights: Tensor, w13: Tensor, w2: Tensor, gate_up: Tensor,
+    *rest: Any,
+) -> list[Tensor]:  # fmt: skip
+    *parts, transposed, needed, main_grads = rest
+    where = Layout(*parts)
+    top_k = top_k_weights.shape[1]
+    output_gradient, rows, weights = aligned(output_gradient), aligned(hidden_states), aligned(top_k_weights)
+    gate_up_gradient, weighted_activation, weight_parts = experts_backward.down_gradient_swiglu(
+        output_gradient, weights, where, _rows(aligned(w2), transposed), gate_up
+    )
+    results = [tensor.new_empty(0) for tensor in (hidden_states, weights, w13, w2)]
+    if needed[0]:
+        row_gradients = experts.project(gate_up_gradient, where, aligned(w13), 1 if transposed else 2)
+        results[0] = gather_sum.sum_entries(row_gradients, where.places, None)
+    if needed[1]:
+        results[1] = gather_sum.sum_parts(weight_parts, where.places)
+    # Each is a sum of outer products; transposed, its factors change sides.
+    sides = ((gate_up_gradient, rows, False), (output_gradient, weighted_activation, True))
+    for index, (left, right, gather_left) in enumerate(sides):
+        if needed[2 + index]:
+            if transposed:
+                left, right, gather_left = right, left, not gather_left
+            results[2 + index] = experts_backward.weight_gradient(
+                left, right, where, top_k, gather_left, main_grads[index]
+            )
+    return results
+
+
+def _rows(weight: Tensor, transposed: bool) -> Tensor:
+    """The weight as the kernels read it, [E, 2I, H] or [E, H, I]."""
+    return weight.transpose(1, 2).contiguous() if transposed else weight

@@ -1,0 +1,104 @@
+"""Between tokens and expert-sorted rows: sums over a token's entries, and the rows of all entries.
+
+Sums are gathered in a fixed order: position 0 first, in float32.
+
+Gathering here is cheaper than scattering in the GEMM's epilogue, whose plain stores hold up the tensor cores (measured
+for Hopper in SonicMoE, arXiv 2512.14080, section 4).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .machine import INTERPRETED, padded
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _sum_entries(
+    values, places, weights, result, tokens,
+    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    column = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+    in_range = token < tokens
+    column_valid = column < HIDDEN
+    total = tl.zeros((BLOCK_TOKENS, BLOCK_HIDDEN), tl.float32)
+    for k in tl.static_range(TOP_K):
+        place = tl.load(places + token * TOP_K + k, mask=in_range, other=-1).to(tl.int64)
+        mask = (place >= 0)[:, None] & column_valid[None, :]
+        value = tl.load(values + place[:, None] * HIDDEN + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            value *= tl.load(weights + token * TOP_K + k, mask=place >= 0, other=0.0)[:, None]
+        total += value
+    mask = in_range[:, None] & column_valid[None, :]
+    tl.store(result + token[:, None] * HIDDEN + column[None, :], total.to(result.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["entries"])
+def _sum_parts(
+    parts, places, result, entries, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.load(places + entry, mask=entry < entries, other=-1).to(tl.int64)
+    part = tl.arange(0, PARTS_PADDED)
+    mask = (place >= 0)[:, None] & (part < PARTS)[None, :]
+    value = tl.load(parts + place[:, None] * PARTS + part[None, :], mask=mask, other=0.0)
+    tl.store(result + entry, tl.sum(value, axis=1), mask=entry < entries)
+
+
+@triton.jit
+def _gather_rows(
+    rows, order, entries, result, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, BLOCK_HIDDEN: tl.constexpr
+):  # fmt: skip
+    place = tl.program_id(0).to(tl.int64)
+    if place < tl.load(entries):
+        row = (tl.load(order + place) // TOP_K).to(tl.int64)
+        column = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+        mask = column < HIDDEN
+        tl.store(result + place * HIDDEN + column, tl.load(rows + row * HIDDEN + column, mask=mask), mask=mask)
+
+
+def gather_rows(rows: Tensor, order: Tensor, offsets: Tensor, top_k: int) -> Tensor:
+    """Rows [R, H] of all entries in sorted order: [C, H], undefined past the last entry. See ``Layout``."""
+    hidden = rows.shape[1]
+    result = rows.new_empty(order.shape[0], hidden)
+    block_hidden = min(padded(hidden), 2048)
+    _gather_rows[(order.shape[0], triton.cdiv(hidden, block_hidden))](
+        rows, order, offsets[-1:], result, HIDDEN=hidden, TOP_K=top_k, BLOCK_HIDDEN=block_hidden, num_warps=4
+    )
+    return result
+
+
+def sum_entries(values: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:
+    """Sum the rows of each token's entries: [T, H] from ``values`` [C, H].
+
+    places: [T, K] int32 rows of ``values``, -1 for none. weights: [T, K] float32, or None for a plain sum.
+    """
+    tokens, top_k = places.shape
+    hidden = values.shape[1]
+    result = values.new_empty(tokens, hidden)
+    # A warp reads 512 contiguous bytes of a row at a time; all K loads are in flight at once.
+    block_hidden = min(padded(hidden), 128 if INTERPRETED else 1024)
+    block_tokens = 128 if INTERPRETED else 1
+    grid = (max(triton.cdiv(tokens, block_tokens), 1), triton.cdiv(hidden, block_hidden))
+    _sum_entries[grid](
+        values, places, weights, result, tokens,
+        HIDDEN=hidden, TOP_K=top_k, WEIGHTED=weights is not None,
+        BLOCK_TOKENS=block_tokens, BLOCK_HIDDEN=block_hidden, num_warps=4,
+    )  # fmt: skip
+    return result
+
+
+def sum_parts(parts: Tensor, places: Tensor) -> Tensor:
+    """Sum ``parts`` [C, P] float32 over P for each entry: [T, K] float32, zero where an entry has no place."""
+    result = torch.empty(places.shape, dtype=torch.float32, device=parts.device)
+    entries = places.numel()
+    block = 1024 if INTERPRETED else 128
+    _sum_parts[(max(triton.cdiv(entries, block), 1),)](
+        parts, places, result, entries, PARTS=parts.shape[1], PARTS_PADDED=padded(parts.shape[1]), BLOCK=block
+    )
+    return result

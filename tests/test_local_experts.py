@@ -1,0 +1,330 @@
+"""The experts of one rank as operators: float64 numbers, what is saved, torch.compile, accumulation, bad input."""
+
+import pytest
+import torch
+
+import farskip_fused as ff
+from farskip_fused import local_experts, reference
+from farskip_fused.kernels.layout import Layout
+from farskip_fused.local_experts import LocalPending, sort_entries
+from tests.numerics import DEVICE, assert_close
+
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 20, 48, 40, 8, 3
+
+
+def random_call(tokens=TOKENS, dtype=torch.float32, transposed=False, hidden=HIDDEN, intermediate=INTERMEDIATE):
+    """Arguments of fused_experts; every floating-point one needs a gradient."""
+    options = {"device": DEVICE, "dtype": dtype}
+    w13 = torch.randn(EXPERTS, 2 * intermediate, hidden, **options) / hidden**0.5
+    w2 = torch.randn(EXPERTS, hidden, intermediate, **options) / intermediate**0.5
+    if transposed:
+        w13, w2 = w13.transpose(1, 2).contiguous(), w2.transpose(1, 2).contiguous()
+    hidden_states = torch.randn(tokens, hidden, **options)
+    weights = torch.rand(tokens, TOP_K, device=DEVICE) + 0.1
+    index = torch.rand(tokens, EXPERTS, device=DEVICE).argsort(dim=-1)[:, :TOP_K]
+    floating = [tensor.requires_grad_() for tensor in (hidden_states, weights, w13, w2)]
+    return floating[0], index, *floating[1:]
+
+
+def start(hidden_states, index, weights, w13, w2):
+    return LocalPending(hidden_states, sort_entries(index, w13), weights, w13, w2)
+
+
+def gradients(result, arguments, gradient):
+    return torch.autograd.grad(result, [tensor for tensor in arguments if tensor.requires_grad], gradient)
+
+
+def expected_of(arguments, gradient, transposed=False):
+    """Result and gradients in float64."""
+    hidden_states, index, weights, w13, w2 = arguments
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden_states, weights, w13, w2)]
+    w13, w2 = (weight.transpose(1, 2) if transposed else weight for weight in exact[2:])
+    result = reference.experts(exact[0], index, exact[1], w13, w2)
+    return result, torch.autograd.grad(result, exact, gradient.double())
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "transposed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_result_and_gradients_match_float64(dtype, transposed):
+    arguments = random_call(70, dtype, transposed, hidden=130, intermediate=150)
+    result = ff.fused_experts(*arguments, transposed=transposed)
+    gradient = torch.randn_like(result)
+    expected, expected_gradients = expected_of(arguments, gradient, transposed)
+    assert_close(result, expected, dtype)
+    for value, exact in zip(gradients(result, arguments, gradient), expected_gradients, strict=True):
+        assert_close(value, exact, dtype)
+
+
+def test_unrouted_entries_and_repeated_experts_are_ordinary():
+    hidden_states, index, *rest = random_call()
+    index[::2, 1] = -1
+    index[3] = -1
+    index[4] = index[4, 0]
+    arguments = hidden_states, index, *rest
+    result = ff.fused_experts(*arguments)
+    gradient = torch.randn_like(result)
+    expected, expected_gradients = expected_of(arguments, gradient)
+    assert_close(result, expected, torch.float32)
+    assert not result[3].any()
+    for value, exact in zip(gradients(result, arguments, gradient), expected_gradients, strict=True):
+        assert_close(value, exact, torch.float32)
+
+
+def test_any_integers_and_any_floating_point_weights_will_do():
+    hidden_states, index, weights, w13, w2 = random_call()
+    weights = weights.detach().half()
+    expected = ff.fused_experts(hidden_states, index, weights.float(), w13, w2)
+    assert torch.equal(ff.fused_experts(hidden_states, index.int(), weights, w13, w2), expected)
+    assert torch.equal(ff.fused_experts(hidden_states, index.to(torch.uint8), weights, w13, w2), expected)
+
+
+def test_unaligned_and_strided_activations_are_ordinary():
+    hidden_states, index, weights, w13, w2 = (tensor.detach() for tensor in random_call(hidden=50))
+    whole = ff.fused_experts(hidden_states, index, weights, w13, w2)
+    assert torch.equal(ff.fused_experts(hidden_states[1:], index[1:], weights[1:], w13, w2), whole[1:])
+    wide = torch.cat([hidden_states, hidden_states], dim=1)[:, :50]
+    assert torch.equal(ff.fused_experts(wide, index, weights, w13, w2), whole)
+
+
+def saved_bytes(function):
+    """Result, and bytes of the tensors that autograd keeps for its backward, parameters aside."""
+    saved = {}
+
+    def pack(tensor):
+        if not tensor.is_leaf or not tensor.requires_grad or tensor.dim() < 3:
+            saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    return result, sum(saved.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_saved_are_inputs_and_pre_activations_and_nothing_of_every_expert_output(dtype):
+    tokens, hidden, intermediate = 256, 128, 16
+    arguments = random_call(tokens, dtype, False, hidden, intermediate)
+    result, saved = saved_bytes(lambda: ff.fused_experts(*arguments))
+    large = dtype.itemsize * (tokens * hidden + tokens * TOP_K * 2 * intermediate)
+    indices = tokens * TOP_K * 4 * 3 + (EXPERTS + 1) * 4 + 4  # router weights, order, places; offsets, tile count
+    row_tiles = saved - large - indices
+    assert 0 <= row_tiles <= 16 * (tokens * TOP_K // 16 + EXPERTS)
+    result.sum().backward()
+
+
+def test_without_gradients_nothing_is_kept():
+    arguments = random_call()
+    with torch.no_grad():
+        pending = start(*arguments)
+        pending.experts()
+    assert pending._computed[1].shape[0] == 0
+    frozen = [tensor.detach() for tensor in arguments]
+    result, saved = saved_bytes(lambda: ff.fused_experts(*frozen))
+    assert not result.requires_grad and saved == 0
+    assert start(*frozen[:3], arguments[3], frozen[4]).finish().requires_grad
+    with torch.no_grad():
+        pending = start(*arguments)
+    assert not pending.finish().requires_grad
+
+
+@pytest.mark.parametrize("kept", range(4))
+def test_only_the_gradients_that_are_needed_are_computed(kept, monkeypatch):
+    arguments = random_call()
+    floating = [arguments[position] for position in (0, 2, 3, 4)]
+    gradient = torch.randn(TOKENS, HIDDEN, device=DEVICE)
+    expected = torch.autograd.grad(ff.fused_experts(*arguments), floating, gradient)[kept]
+    launched = []
+    for module, name in (
+        (local_experts.experts, "project"),
+        (local_experts.gather_sum, "sum_parts"),
+        (local_experts.experts_backward, "weight_gradient"),
+    ):
+        launch = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, _name=name, _launch=launch: launched.append(_name) or _launch(*a))
+    for position, tensor in enumerate(floating):
+        tensor.requires_grad_(position == kept)
+    result = ff.fused_experts(*arguments)
+    launched.clear()
+    assert torch.equal(torch.autograd.grad(result, floating[kept], gradient)[0], expected)
+    assert launched == [("project", "sum_parts", "weight_gradient", "weight_gradient")[kept]]
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "transposed"])
+def test_the_operators_keep_the_contract_of_torch_library(transposed):
+    hidden_states, index, weights, w13, w2 = random_call(transposed=transposed)
+    # What lies past the last entry is undefined, so the layout is not compared between two runs.
+    kinds = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(local_experts._expert_layout, (index, EXPERTS, 32), test_utils=kinds)
+    where = Layout(*local_experts._expert_layout(index, EXPERTS, 32), 32)
+    plain = [tensor.detach() for tensor in (hidden_states, w13, w2)]
+    for keep in (False, True):
+        torch.library.opcheck(local_experts._expert_outputs, (*plain, *where, transposed, keep))
+    values, gate_up = local_experts._expert_outputs(*plain, *where, transposed, True)
+    saved = (hidden_states, weights, w13, w2, gate_up, *where, transposed)
+    torch.library.opcheck(local_experts._sum_experts, (values, *saved, None, None))
+    saved = tuple(value.detach() if isinstance(value, torch.Tensor) else value for value in saved)
+    arguments = (torch.randn_like(plain[0]), *saved, [True, False, True, True])
+    torch.library.opcheck(local_experts._expert_gradients, arguments)
+    main_grads = (torch.zeros_like(plain[1]), torch.zeros_like(plain[2]))
+    torch.library.opcheck(local_experts._expert_gradients_into, (*arguments, *main_grads))
+
+
+def test_torch_compile_takes_it_whole_for_any_number_of_tokens():
+    def function(*arguments):
+        return 2.0 * ff.fused_experts(*arguments)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (20, 7, 64):
+        arguments = random_call(tokens)
+        gradient = torch.randn(tokens, HIDDEN, device=DEVICE)
+        result, expected = compiled(*arguments), function(*arguments)
+        assert torch.equal(result, expected)
+        for value, eager in zip(
+            gradients(result, arguments, gradient), gradients(expected, arguments, gradient), strict=True
+        ):
+            assert torch.equal(value, eager)
+        with torch.no_grad():
+            assert torch.equal(compiled(*arguments), expected)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_follows_its_inputs():
+    hidden_states, index, weights, w13, w2 = (tensor.detach() for tensor in random_call(dtype=torch.bfloat16))
+    ff.fused_experts(hidden_states, index, weights, w13, w2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = ff.fused_experts(hidden_states, index, weights, w13, w2)
+    for _ in range(3):
+        other, other_index, other_weights, _, _ = (tensor.detach() for tensor in random_call(dtype=torch.bfloat16))
+        hidden_states.copy_(other), index.copy_(other_index), weights.copy_(other_weights)
+        graph.replay()
+        assert torch.equal(result, ff.fused_experts(other, other_index, other_weights, w13, w2))
+
+
+class TestPending:
+    def test_steps_equal_one_call_in_any_order(self):
+        calls = [random_call(), random_call(9)]
+        whole = [ff.fused_experts(*arguments) for arguments in calls]
+        first, second = (start(*arguments) for arguments in calls)
+        second.experts()
+        first.experts()
+        assert torch.equal(first.finish(), whole[0])
+        assert torch.equal(second.finish(), whole[1])
+
+    def test_a_step_taken_twice_is_refused(self):
+        pending = start(*random_call())
+        pending.experts()
+        with pytest.raises(RuntimeError, match=r"experts\(\) was called twice"):
+            pending.experts()
+        pending.finish()
+        with pytest.raises(RuntimeError, match=r"finish\(\) was called twice"):
+            pending.finish()
+        with pytest.raises(RuntimeError, match=r"experts\(\) was called twice"):
+            pending.experts()
+
+
+class TestMainGrad:
+    def layer(self, **options):
+        layer = ff.FusedExperts(
+            HIDDEN, INTERMEDIATE, EXPERTS, TOP_K,
+            max_tokens=TOKENS, device=DEVICE, accumulate_into_main_grad=True, **options,
+        )  # fmt: skip
+        with torch.no_grad():
+            for weight in layer.parameters():
+                weight.normal_(std=0.2)
+        return layer
+
+    @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+    @pytest.mark.parametrize("main_dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_gradients_of_micro_batches_are_added_to_it(self, main_dtype, compiled):
+        layer = self.layer()
+        before = {}
+        for name, weight in layer.named_parameters():
+            weight.main_grad = torch.randn(weight.shape, device=DEVICE, dtype=main_dtype)
+            before[name] = weight.main_grad.clone()
+        run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+        calls = [random_call()[:3] for _ in range(2)]
+        results = []
+        for arguments in calls:
+            results.append(run(*arguments))
+            if compiled:
+                results[-1].sum().backward()
+        if not compiled:  # both forward passes come first, as in a pipeline
+            for result in results:
+                result.sum().backward()
+        layer.accumulate_into_main_grad = False
+        for arguments, result in zip(calls, results, strict=True):
+            accumulated = arguments[0].grad, arguments[2].grad
+            arguments[0].grad = arguments[2].grad = None
+            again = layer(*arguments)
+            again.sum().backward()
+            assert torch.equal(again, result)
+            assert torch.equal(arguments[0].grad, accumulated[0]) and torch.equal(arguments[2].grad, accumulated[1])
+        for name, weight in layer.named_parameters():
+            added = weight.main_grad.double() - before[name].double()
+            error = (added - weight.grad.double()).abs().max()
+            # Rounded to the buffer's dtype after each micro-batch.
+            assert error <= 2 * torch.finfo(main_dtype).eps * weight.main_grad.abs().max() + 1e-5
+
+    def test_the_usual_gradient_stays_as_it_is(self):
+        layer = self.layer()
+        layer.w13.main_grad = torch.zeros_like(layer.w13)
+        layer.w2.requires_grad_(False)
+        layer(*random_call()[:3]).sum().backward()
+        assert layer.w13.main_grad.any()
+        assert layer.w13.grad is None and layer.w2.grad is None
+
+    def test_a_missing_or_wrong_buffer_is_named(self):
+        layer = self.layer()
+        arguments = random_call()[:3]
+        with pytest.raises(ff.UsageError, match=r"w13\.main_grad is missing"):
+            layer(*arguments)
+        layer.w13.main_grad = torch.zeros(2, 2)
+        with pytest.raises(ff.UsageError, match=r"w13\.main_grad is of shape \[2, 2\]"):
+            layer(*arguments)
+        layer.w13.main_grad = torch.zeros_like(layer.w13, dtype=torch.int32)
+        with pytest.raises(ff.UsageError, match="contiguous and floating point"):
+            layer(*arguments)
+        with pytest.raises(ff.UsageError, match="needs ep=None"):
+            self.layer(ep=ff.init(device=DEVICE))
+
+
+def change(arguments, position, function):
+    changed = [tensor.detach() for tensor in arguments]
+    changed[position] = function(changed[position])
+    return changed
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("position", "function", "error", "sentence"),
+        [
+            (0, lambda x: x[:, :47], ff.UsageError, r"Hidden states \[20, 47\].*\[tokens, 48\]"),
+            (0, lambda x: x[None], ff.UsageError, r"\[1, 20, 48\]"),
+            (0, lambda x: x.half(), TypeError, "float16.*float32"),
+            (1, lambda x: x[:, 0], ff.UsageError, r"ids \[20\].*both must be \[20, top_k\]"),
+            (1, lambda x: x[:, :2], ff.UsageError, r"\[20, 2\] and weights \[20, 3\]"),
+            (1, lambda x: x.float(), TypeError, "ids must be integers"),
+            (2, lambda x: x[1:], ff.UsageError, r"weights \[19, 3\]"),
+            (2, lambda x: x.long(), TypeError, "weights floating point"),
+            (3, lambda x: x[:7], ff.UsageError, r"must be \[E, 2I, H\] and \[E, H, I\]"),
+            (3, lambda x: x[0], ff.UsageError, r"w13 \[80, 48\]"),
+            (3, lambda x: x.half(), TypeError, "both must be bfloat16, float16 or float32"),
+            (3, lambda x: x.flip(1).mT.contiguous().mT, ff.UsageError, "w13 must be contiguous"),
+            (4, lambda x: x[:, :47], ff.UsageError, r"w2 \[8, 47, 40\]"),
+        ],
+    )
+    def test_is_named_in_one_sentence(self, position, function, error, sentence):
+        with pytest.raises(error, match=sentence):
+            ff.fused_experts(*change(random_call(), position, function))
+
+    def test_transposed_weights_that_are_not_are_named(self):
+        with pytest.raises(ff.UsageError, match=r"must be \[E, H, 2I\] and \[E, I, H\]"):
+            ff.fused_experts(*random_call(), transposed=True)
+
+    @pytest.mark.skipif(DEVICE != "cpu", reason="looking at ids on a GPU would wait for it")
+    @pytest.mark.parametrize("wrong", [8, -2, 2**33])
+    def test_expert_ids_out_of_range_are_named(self, wrong):
+        with pytest.raises(ff.UsageError, match="from 0 to 7"):
+            ff.fused_experts(*change(random_call(), 1, lambda x: x.index_fill(0, torch.tensor([3]), wrong)))
