@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OLDER_TRITON := 3.5 3.6 # kernels are compiled with them too, tests/kernels/test_compiles.py
 
 .PHONY: setup test lint demo wheel clean
 
@@ -20,6 +21,8 @@ $(BIN)/python:
 # Bytecode is left to the first import: compiling all of torch and transformers takes longer than the rest of the set-up.
 $(STAMP): pyproject.toml setup.py constraints-dev.txt $(wildcard csrc/*) | $(BIN)/python
 	$(BIN)/python -m pip install --no-compile --disable-pip-version-check -c constraints-dev.txt -e '.[dev]'
+	for version in $(OLDER_TRITON); do $(BIN)/python -m pip install --no-compile --no-deps --disable-pip-version-check \
+	  --quiet --upgrade --target $(VENV)/triton-$$version "triton==$$version.*" || exit; done
 	@touch $@
 
 test: setup

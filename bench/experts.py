@@ -1,133 +1,209 @@
-"""`farskip bench experts`: the expert layer on one rank against dense cuBLAS of the same FLOPs and torch's grouped_mm.
+"""`farskip bench experts`: the expert layer on one GPU, ours against its peers and against dense matrix products.
 
-FLOPs: forward 6 T K H I, forward and backward 18 T K H I. ``dense`` is the limit: one matrix product of the same size a
-GEMM. ``grouped_mm`` is permute, torch's grouped_mm twice, SwiGLU and the weighted sum, as transformers runs it. Ours
-includes layout, dispatch into the slots of a world of one, and combine.
+``dense`` is the limit: cuBLAS products of the same FLOPs, all rows times one expert's matrices. All other layers do
+everything after routing, from ids and weights of the top-k experts to the weighted sum, and are timed in one rotation.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
-from torch.nn.functional import silu
 
+from farskip_fused.bench import timing
+from farskip_fused.bench.peers import Peer, Problem, available, check
+from farskip_fused.bench.shapes import BYTES, PRODUCTS, SHAPES, ZIPF, Shape, parse_shape
 from farskip_fused.errors import UsageError
 from farskip_fused.moe import FusedExperts
 
-SHAPES = {  # hidden, intermediate, experts, top-k
-    "deepseek-v2-lite": (2048, 1408, 64, 6),
-    "qwen3-30b-a3b": (2048, 768, 128, 8),
-}
+__all__ = ["DECODE_TOKENS", "SHAPES", "TOKENS", "parse_shape", "run"]
+
+TOKENS = (4096, 16384)
+DECODE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+OURS_UNIFORM = "ours, uniform"
 
 
-def milliseconds(run: Callable[[], Any], warm_up: int = 3, repeats: int = 15) -> tuple[float, float]:
-    """Median and spread (half of the range between the quartiles) of CUDA-event times."""
-    for _ in range(warm_up):
-        run()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    low, _, high = statistics.quantiles(times, n=4)
-    return statistics.median(times), (high - low) / 2
+def run(
+    shapes: Sequence[str],
+    tokens: Sequence[int],
+    peers: Sequence[str],
+    *,
+    skewed: bool = False,
+    decode: bool = False,
+    gemms: bool = False,
+) -> dict[str, Any]:
+    """Measure named or numbered shapes at each number of tokens; bfloat16.
 
+    peers: names from ``peers.PEERS``. skewed: Zipf routing instead of uniform, and ours also with uniform.
+    decode, gemms: small sizes in CUDA graphs, or our kernels one by one, instead of whole layers.
+    Returns environment, ceilings, missing (what was left out, and why), and the rows of layers, decode and gemms.
+    Raises UsageError for an unknown shape or peer, for decode with gemms, and without a GPU.
+    """
+    parsed = {name: parse_shape(name) for name in shapes}
+    found, missing = available(peers)
+    if decode and gemms:
+        raise UsageError("--decode and --gemms were both given; measure one at a time.")
+    if not torch.cuda.is_available():
+        raise UsageError("farskip bench experts measures a CUDA GPU and this machine has none.")
+    from farskip_fused.bench import decode as decode_room
+    from farskip_fused.bench import gemms as gemms_room
+    from farskip_fused.bench.report import environment
 
-def grouped_mm_experts(x: Tensor, index: Tensor, weights: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
-    order = index.flatten().argsort(stable=True)
-    ends = torch.bincount(index.flatten(), minlength=w13.shape[0]).cumsum(0).to(torch.int32)
-    token = order // index.shape[1]
-    gate, up = torch._grouped_mm(x[token], w13.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-    output = torch._grouped_mm(silu(gate) * up, w2.transpose(1, 2), offs=ends)
-    scattered = torch.empty_like(output).index_copy(0, order, output)
-    return (scattered.unflatten(0, index.shape) * weights[..., None].to(output.dtype)).sum(dim=1)
-
-
-def measure(shape: str, tokens: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
-    """Times of one shape: its sizes, and {"forward", "forward_backward"} each {name: {ms, spread_ms, tflops}}."""
-    hidden, intermediate, num_experts, top_k = SHAPES[shape]
-    layer = FusedExperts(hidden, intermediate, num_experts, top_k, max_tokens=tokens, device="cuda", dtype=dtype)
-    layer.setup()
-    x = torch.randn(tokens, hidden, device="cuda", dtype=dtype, requires_grad=True)
-    weights = torch.rand(tokens, top_k, device="cuda", requires_grad=True)
-    index = torch.rand(tokens, num_experts, device="cuda").argsort(dim=-1)[:, :top_k].contiguous()
-    gradient = torch.randn(tokens, hidden, device="cuda", dtype=dtype)
-    ours = layer(x, index, weights)
-    theirs = grouped_mm_experts(x, index, weights, layer.w13, layer.w2)
-    error = float((ours - theirs).detach().float().norm() / theirs.detach().float().norm())
-    if not error < 2e-2:
-        raise RuntimeError(f"{shape}: the two expert layers differ by {error:.3g}")
-
-    rows = tokens * top_k
-    a, b = (torch.randn(rows, size, device="cuda", dtype=dtype) for size in (hidden, intermediate))
-    up, down = layer.w13[0].detach(), layer.w2[0].detach()
-    h = a @ up.T
-
-    def dense_forward() -> None:
-        torch.mm(a, up.T)
-        torch.mm(b, down.T)
-
-    def dense_both() -> None:
-        dense_forward()
-        torch.mm(a, down), torch.mm(h, up), torch.mm(h.T, a), torch.mm(a.T, b)
-
-    def both(run: Callable[..., Tensor], *extra: Tensor) -> Callable[[], Any]:
-        parameters = (x, weights, layer.w13, layer.w2)
-        return lambda: torch.autograd.grad(run(x, index, weights, *extra), parameters, gradient)
-
-    def forward(run: Callable[..., Tensor], *extra: Tensor) -> Callable[[], Any]:
-        def call() -> None:
-            with torch.no_grad():
-                run(x, index, weights, *extra)
-
-        return call
-
-    runs: dict[str, tuple[int, dict[str, Callable[[], Any]]]] = {}
-    directions = ("forward", 6, dense_forward, forward), ("forward_backward", 18, dense_both, both)
-    for direction, factor, dense, timed in directions:
-        grouped_mm = timed(grouped_mm_experts, layer.w13, layer.w2)
-        runs[direction] = factor, {"dense": dense, "grouped_mm": grouped_mm, "ours": timed(layer)}
     report: dict[str, Any] = {
-        "shape": shape, "hidden": hidden, "intermediate": intermediate, "experts": num_experts, "top_k": top_k,
-        "tokens": tokens, "dtype": str(dtype).removeprefix("torch."), "device": torch.cuda.get_device_name(),
+        "environment": environment(), "missing": missing, "ceilings": timing.ceilings(),
+        "layers": [], "decode": [], "gemms": [],
     }  # fmt: skip
-    for direction, (factor, variants) in runs.items():
-        flops = factor * rows * hidden * intermediate
-        report[direction] = {}
-        for name, run in variants.items():
-            ms, spread = milliseconds(run)
-            report[direction][name] = {"ms": ms, "spread_ms": spread, "tflops": flops / ms * 1e-9}
+    with Console(stderr=True).status("") as status:
+        for name, shape in parsed.items():
+            status.update(f"{name}, up to {max(tokens)} tokens")
+            with leaving_out(missing, name):
+                if decode:
+                    report["decode"] += decode_room.measure(name, shape, tokens, found)
+                elif gemms:
+                    report["gemms"] += gemms_room.measure(name, shape, tokens, skewed)
+                else:
+                    report["layers"] += measure(name, shape, tokens, found, missing, skewed)
     return report
 
 
-def run(shapes: list[str], tokens: int) -> list[dict[str, Any]]:
-    """Measure the named shapes. Raises UsageError without a GPU or for an unknown shape."""
-    if not torch.cuda.is_available():
-        raise UsageError("farskip bench experts measures a CUDA GPU and this machine has none.")
-    unknown = [shape for shape in shapes if shape not in SHAPES]
-    if unknown:
-        raise UsageError(f"Unknown shape {unknown[0]!r}; use {', '.join(SHAPES)}.")
-    return [measure(shape, tokens) for shape in shapes]
+@contextmanager
+def leaving_out(missing: dict[str, str], what: str) -> Iterator[None]:
+    """Running out of memory inside is noted, and what the allocator has cached is given back."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        missing[what] = "it does not fit into the GPU's memory"
+    finally:
+        torch.cuda.empty_cache()
 
 
-def render(reports: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def make_experts(shape: Shape, tokens: int, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> FusedExperts:
+    layer = FusedExperts(
+        shape.hidden, shape.intermediate, shape.experts, shape.top_k, max_tokens=tokens, device=device, dtype=dtype
+    )
+    layer.setup()
+    return layer
 
-    table = Table("shape", "tokens", "direction", "layer", "ms", "± ms", "TFLOP/s", "of dense")
-    for report in reports:
-        for direction in ("forward", "forward_backward"):
-            dense = report[direction]["dense"]["ms"]
-            for name, cell in report[direction].items():
-                table.add_row(
-                    report["shape"], str(report["tokens"]), direction, name, f"{cell['ms']:.3f}",
-                    f"{cell['spread_ms']:.3f}", f"{cell['tflops']:.0f}", f"{dense / cell['ms']:.0%}",
-                )  # fmt: skip
-    Console().print(table)
+
+def as_peer(experts: FusedExperts) -> Peer:
+    """Ours, called like a peer; its weights are its own."""
+    return Peer(lambda hidden_states, index, weights, w13, w2: experts(hidden_states, index, weights))
+
+
+def measure(
+    name: str,
+    shape: Shape,
+    token_counts: Sequence[int],
+    peers: Mapping[str, Peer],
+    missing: dict[str, str],
+    skewed: bool = False,
+) -> list[dict[str, Any]]:
+    """One row for each number of tokens, forward and with backward; a direction that does not fit is empty."""
+    experts = make_experts(shape, max(token_counts))
+    rows = []
+    for tokens in token_counts:
+        problem = Problem.random(shape, tokens, experts.w13, experts.w2, ZIPF if skewed else 0.0)
+        row: dict[str, Any] = {
+            "shape": name, **shape._asdict(), "tokens": tokens, "routing": f"Zipf {ZIPF:g}" if skewed else "uniform",
+            "saved_bytes": saved_bytes(shape, problem, as_peer(experts)), "errors": {}, "zipf_over_uniform": {},
+        }  # fmt: skip
+        for direction in PRODUCTS:
+            row[direction] = {}
+            with leaving_out(missing, f"{name}, T {tokens}, {direction}"):
+                row[direction] = time_layers(row, shape, problem, direction, experts, peers, skewed)
+        rows.append(row)
+    return rows
+
+
+def time_layers(
+    row: dict[str, Any],
+    shape: Shape,
+    problem: Problem,
+    direction: str,
+    experts: FusedExperts,
+    peers: Mapping[str, Peer],
+    skewed: bool,
+) -> dict[str, dict[str, float]]:
+    """ms, spread_ms and TFLOP/s of each layer, after the numbers of every peer were checked against ours.
+
+    The largest errors, and ours under Zipf over ours under uniform routing, are noted in ``row``.
+    """
+    ours, backward = as_peer(experts), direction == "forward_backward"
+    peers = {name: peer for name, peer in peers.items() if peer.trains or not backward}
+    row["errors"][direction] = {name: check(name, peer, ours, problem, backward) for name, peer in peers.items()}
+    torch.cuda.empty_cache()  # a peer that wants another order of rows was checked on a copy of the weights
+    # Which rows of w13 are gate and which are up makes no difference to the time.
+    calls = {"dense": dense(problem, backward)}
+    for name, peer in {"ours": ours, **peers}.items():
+        calls[name] = timed(problem, peer, backward)
+    if skewed:
+        uniform = Problem.random(shape, problem.index.shape[0], experts.w13, experts.w2)
+        calls[OURS_UNIFORM] = timed(uniform, ours, backward)
+    times = timing.interleave(calls)
+    if skewed:
+        row["zipf_over_uniform"][direction] = times["ours"].ms / times.pop(OURS_UNIFORM).ms
+    flops = shape.flops(row["tokens"], direction)
+    return {
+        name: {"ms": time.ms, "spread_ms": time.spread_ms, "tflops": flops / time.ms * 1e-9}
+        for name, time in times.items()
+    }
+
+
+def timed(problem: Problem, layer: Peer, backward: bool) -> timing.Call:
+    return lambda: problem.gradients(layer.run) if backward else problem.forward(layer.run)
+
+
+def dense(problem: Problem, backward: bool) -> Callable[[], Any]:
+    rows = problem.index.numel()
+    up, down = problem.w13[0].detach(), problem.w2[0].detach()
+    inputs, activated = (up.new_empty(rows, size).normal_() for size in (down.shape[0], down.shape[1]))
+
+    def forward() -> Tensor:
+        torch.mm(activated, down.T)
+        return torch.mm(inputs, up.T)
+
+    if not backward:
+        return forward
+    gate_up = forward()
+
+    def both() -> None:
+        forward()
+        # Gradients of the activation, of the input, of w13 and of w2; the input stands in for the output's gradient.
+        torch.mm(inputs, down), torch.mm(gate_up, up), torch.mm(gate_up.T, inputs), torch.mm(inputs.T, activated)
+
+    return both
+
+
+def saved_bytes(shape: Shape, problem: Problem, layer: Peer) -> dict[str, Any]:
+    """What a forward pass keeps for backward, without the weights.
+
+    measured: what autograd was given, each storage once, and of it ``indices``, whatever is no 16-bit value.
+    held: what the allocator counts as in use after forward beyond the output, and the input, which was there before;
+    None without a GPU. formula: 2 T H + 4 T K I.
+    """
+    storages: dict[int, tuple[int, bool]] = {}
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (problem.w13, problem.w2)}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = (storage.nbytes(), tensor.dtype == problem.w13.dtype)
+        return tensor
+
+    on_gpu = problem.hidden_states.is_cuda
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = layer.run(problem.hidden_states, problem.index, problem.weights, problem.w13, problem.w2)
+    tokens, hidden = output.shape
+    held = None
+    if on_gpu:
+        held = torch.cuda.memory_allocated() - before - output.untyped_storage().nbytes() + tokens * hidden * BYTES
+    return {
+        "measured": sum(size for size, _ in storages.values()),
+        "indices": sum(size for size, is_value in storages.values() if not is_value),
+        "held": held, "formula": shape.saved_bytes(tokens),
+    }  # fmt: skip

@@ -25,13 +25,13 @@ part build 200 "$PYTHON" -m pip install -q --no-deps --no-build-isolation -e .
 # Tests and demo wait for the host most of the time, so they run side by side; the benchmark has the card to itself.
 if wants tests; then
   part kernels 400 $PYTEST $PARALLEL -m 'not rung3' tests/kernels tests/test_moe.py tests/test_layer.py tests/test_csrc.py \
-    tests/test_local_experts.py tests/test_router.py tests/conversion/test_experts_implementation.py \
+    tests/test_local_experts.py tests/test_router.py tests/conversion/test_experts_implementation.py tests/test_bench.py \
     tests/conversion/test_parallelize.py &
   part ranks 400 $PYTEST --durations=5 -m rung3 tests &
 fi
 wants demo && part demo 580 "$PYTHON" -m farskip_fused.cli demo --output "$OUT/demo" --overwrite &
 wait
-wants bench && part bench 200 "$PYTHON" -m farskip_fused.cli bench experts --json "$OUT/experts.json"
+wants bench && part bench 300 "$PYTHON" -m farskip_fused.cli bench experts deepseek-v2-lite qwen3-30b-a3b --json "$OUT/experts.json"
 for row in "$OUT"/*.row; do
   name=$(basename "$row" .row)
   if grep -q ' exit ' "$row" || [ "$name" = demo ] || [ "$name" = bench ]; then echo "== $name"; tail -n 40 "$OUT/$name.log"; fi

@@ -171,16 +171,28 @@ app.add_typer(bench, name="bench")
 
 @bench.command("experts")
 def bench_experts(
-    shapes: Annotated[list[str] | None, typer.Argument(help="Named shapes; all by default.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the rank.")] = 4096,
+    shapes: Annotated[
+        list[str] | None, typer.Argument(help="Named shapes or hidden,intermediate,experts,top_k; all by default.")
+    ] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of the rank; repeat for several.")] = None,
+    peer: Annotated[list[str] | None, typer.Option(help="grouped_mm, vllm, sonicmoe; all by default.")] = None,
+    skew: Annotated[bool, typer.Option(help="Zipf routing instead of uniform.")] = False,
+    decode: Annotated[bool, typer.Option(help="Small sizes under CUDA-graph replay, weights rotated.")] = False,
+    gemms: Annotated[bool, typer.Option(help="Our kernels one by one instead of whole layers.")] = False,
+    figure: Annotated[Path | None, typer.Option(help="Write the roofline to this PNG or SVG.")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Time the expert layer on one rank beside dense cuBLAS and torch's grouped_mm."""
+    """Time the expert layer on one rank beside dense cuBLAS, torch's grouped_mm, vLLM and SonicMoE."""
     from farskip_fused.bench import experts as room
+    from farskip_fused.bench import peers, report
 
-    reports = room.run(shapes or list(room.SHAPES), tokens)
-    room.render(reports)
-    write_json(json_file, reports)
+    sizes = tokens or list(room.DECODE_TOKENS if decode else room.TOKENS)
+    names, found = shapes or list(room.SHAPES), peer or list(peers.PEERS)
+    result = room.run(names, sizes, found, skewed=skew, decode=decode, gemms=gemms)
+    report.render(result)
+    if figure is not None:
+        report.draw_roofline(result, figure)
+    write_json(json_file, result)
 
 
 @app.command()

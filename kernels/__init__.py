@@ -1,13 +1,18 @@
 """Triton kernels of farskip-fused, one family a file; imports torch, triton and nothing of the package.
 
-machine.py           compiled on a GPU, interpreted without one
-protocol.py          the context of a symmetric buffer, bounded waits, announcements
-routing.py           softmax and sigmoid top-k, bias-corrected and group-limited, and its backward
-layout.py            which row goes where: send positions, expert counts, the expert-sorted index
-dispatch.py          rows from the token's rank to the ranks of its experts
-experts.py           expert GEMMs with SwiGLU, forward
-experts_backward.py  their gradients
-combine.py           expert outputs at the token's rank: the weighted sum over top-k
+machine.py                  compiled on a GPU, interpreted without one
+protocol.py                 the context of a symmetric buffer, bounded waits, announcements
+gate.py, routing.py         gate logits; softmax and sigmoid top-k, bias-corrected and group-limited; their backward
+layout.py                   which row goes where: send positions, the expert-sorted index, the row tiles
+tiles.py                    block sizes of the expert GEMMs
+experts.py                  expert GEMMs with SwiGLU, forward: plain Triton, or Hopper's
+experts_backward.py         their gradients
+hopper.py                   what the GEMMs for Hopper share: loader, consumers, ring; in Gluon
+hopper_forward.py, hopper_down_gradient.py, hopper_weight_gradient.py   those GEMMs
+gather_sum.py               between tokens and sorted rows: sums over top-k, gathered copies
+dispatch.py                 rows from the token's rank to the ranks of its experts
+experts_to_owner.py         the projection that stores rows at their token's rank
+combine.py                  expert outputs at the token's rank: the weighted sum over top-k
 """
 
 if __name__ == "kernels":

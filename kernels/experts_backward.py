@@ -6,6 +6,8 @@ through the down-projection with the activation, so that the expert's output nee
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,8 @@ from torch import Tensor
 from . import hopper, hopper_down_gradient, hopper_weight_gradient
 from .experts import multiply_rows
 from .layout import Layout
-from .tiles import choose_tile, locate_tile, precision
+from .machine import INTERPRETED
+from .tiles import Tile, choose_tile, locate_tile, precision
 
 
 @triton.jit
@@ -91,6 +94,12 @@ def _weight_gradient(
     tl.store(target, total.to(result.dtype.element_ty), mask=mask)
 
 
+def down_gradient_tile(rows: int, dtype: torch.dtype) -> Tile:
+    """Fewer columns than the other GEMMs have: the epilogue holds six such tiles in registers."""
+    tile = choose_tile(rows, dtype)
+    return tile if INTERPRETED else replace(tile, columns=64 if rows <= 32 else 32)
+
+
 def down_gradient_swiglu(
     output_gradient: Tensor, weights: Tensor, layout: Layout, w2: Tensor, gate_up: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +112,7 @@ def down_gradient_swiglu(
     _, hidden, intermediate = w2.shape
     if hopper.usable(output_gradient, layout.tile_rows, hidden, intermediate):
         return hopper_down_gradient.down_gradient_swiglu(output_gradient, weights, layout, w2, gate_up)
-    tile = choose_tile(layout.tile_rows, gate_up.dtype)
+    tile = down_gradient_tile(layout.tile_rows, gate_up.dtype)
     column_tiles = triton.cdiv(intermediate, tile.columns)
     gate_up_gradient = torch.empty_like(gate_up)
     weighted_activation = gate_up.new_empty(gate_up.shape[0], intermediate)

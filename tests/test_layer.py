@@ -93,7 +93,12 @@ def compare(layers, embedding, gradient):
 @pytest.mark.parametrize("with_shared", [False, True], ids=["no shared experts", "shared experts"])
 @pytest.mark.parametrize("connectivity", NAMES)
 def test_schedule_equals_definition(connectivity, with_shared):
-    layers = make_stack(connectivity, with_shared)
+    layers = make_stack(connectivity, with_shared, ff.init(device=DEVICE))
+    compare(layers, torch.randn(TOKENS, HIDDEN, device=DEVICE), torch.randn(TOKENS, HIDDEN, device=DEVICE))
+
+
+def test_schedule_equals_definition_on_a_rank_without_slots():
+    layers = make_stack("farskip", True)
     compare(layers, torch.randn(TOKENS, HIDDEN, device=DEVICE), torch.randn(TOKENS, HIDDEN, device=DEVICE))
 
 

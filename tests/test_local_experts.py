@@ -5,7 +5,6 @@ import torch
 
 import farskip_fused as ff
 from farskip_fused import local_experts, reference
-from farskip_fused.kernels.layout import Layout
 from farskip_fused.local_experts import LocalPending, sort_entries
 from tests.numerics import DEVICE, assert_close
 
@@ -150,24 +149,33 @@ def test_only_the_gradients_that_are_needed_are_computed(kept, monkeypatch):
     assert launched == [("project", "sum_parts", "weight_gradient", "weight_gradient")[kept]]
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "transposed"])
-def test_the_operators_keep_the_contract_of_torch_library(transposed):
-    hidden_states, index, weights, w13, w2 = random_call(transposed=transposed)
+def test_the_operators_keep_the_contract_of_torch_library():
+    hidden_states, index, weights, w13, w2 = random_call()
     # What lies past the last entry is undefined, so the layout is not compared between two runs.
     kinds = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(local_experts._expert_layout, (index, EXPERTS, 32), test_utils=kinds)
-    where = Layout(*local_experts._expert_layout(index, EXPERTS, 32), 32)
+    where = sort_entries(index, w13)
     plain = [tensor.detach() for tensor in (hidden_states, w13, w2)]
-    for keep in (False, True):
-        torch.library.opcheck(local_experts._expert_outputs, (*plain, *where, transposed, keep))
-    values, gate_up = local_experts._expert_outputs(*plain, *where, transposed, True)
-    saved = (hidden_states, weights, w13, w2, gate_up, *where, transposed)
+    torch.library.opcheck(local_experts._expert_outputs, (*plain, *where, False, False), test_utils=kinds)
+    torch.library.opcheck(local_experts._expert_outputs, (*plain, *where, False, True))
+    values, gate_up = local_experts._expert_outputs(*plain, *where, False, True)
+    saved = (hidden_states, weights, w13, w2, gate_up, *where, False)
     torch.library.opcheck(local_experts._sum_experts, (values, *saved, None, None))
     saved = tuple(value.detach() if isinstance(value, torch.Tensor) else value for value in saved)
     arguments = (torch.randn_like(plain[0]), *saved, [True, False, True, True])
-    torch.library.opcheck(local_experts._expert_gradients, arguments)
+    torch.library.opcheck(local_experts._expert_gradients, arguments, test_utils=kinds)
     main_grads = (torch.zeros_like(plain[1]), torch.zeros_like(plain[2]))
     torch.library.opcheck(local_experts._expert_gradients_into, (*arguments, *main_grads))
+
+
+def test_the_operators_keep_their_contract_for_transposed_weights():
+    hidden_states, index, weights, w13, w2 = random_call(transposed=True)
+    where = sort_entries(index, w13)
+    plain = [tensor.detach() for tensor in (hidden_states, w13, w2)]
+    values, gate_up = local_experts._expert_outputs(*plain, *where, True, True)
+    torch.library.opcheck(
+        local_experts._sum_experts, (values, hidden_states, weights, w13, w2, gate_up, *where, True, None, None)
+    )
 
 
 def test_torch_compile_takes_it_whole_for_any_number_of_tokens():
@@ -186,6 +194,20 @@ def test_torch_compile_takes_it_whole_for_any_number_of_tokens():
             assert torch.equal(value, eager)
         with torch.no_grad():
             assert torch.equal(compiled(*arguments), expected)
+
+
+def test_torch_compile_takes_router_and_experts_whole():
+    layer = ff.FusedMoE(HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, max_tokens=TOKENS, device=DEVICE)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    hidden_states = torch.randn(2, 9, HIDDEN, device=DEVICE, requires_grad=True)
+    inputs = (hidden_states, *layer.parameters())
+    result, expected = compiled(hidden_states), layer(hidden_states)
+    assert torch.equal(result, expected)
+    gradient = torch.randn_like(result)
+    for value, eager in zip(
+        torch.autograd.grad(result, inputs, gradient), torch.autograd.grad(expected, inputs, gradient), strict=True
+    ):
+        assert torch.equal(value, eager)
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from farskip_fused.connectivity import Connectivity, parse_layers
 from farskip_fused.conversion.families import CLASS_PREFIX
+from farskip_fused.conversion.llama4 import choose_kernels
 from farskip_fused.conversion.models import stock_classes
 from farskip_fused.conversion.record import from_record, to_record
 from farskip_fused.conversion.stored import CONFIG, StoredCheckpoint, compare_names, read_checkpoint, some
@@ -41,6 +42,8 @@ def load(path: str | os.PathLike[str], **from_pretrained_kwargs: Any) -> PreTrai
         names = sorted(str(name) for name in report[f"{kind}_keys"])
         if names:
             raise UsageError(f"{stored.path} is not complete: {kind} tensors {some(names)}.")
+    if stored.family.scales_inputs and "experts_implementation" not in from_pretrained_kwargs:
+        choose_kernels(model)
     return model
 
 

@@ -11,7 +11,13 @@ from typing import Any, cast
 
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from farskip_fused.conversion.families import CLASS_PREFIX, FAMILIES, Family, family_of
@@ -33,12 +39,16 @@ class FarSkipConfig(Rewired):
 
 
 class FarSkipModel(Rewired):
-    """The behaviour of a converted ``...ForCausalLM``: it is built with the connectivity of its configuration."""
+    """The behaviour of a converted model: it is built with the connectivity of its configuration."""
 
     @classmethod
     def _attributes(cls, stock: type) -> dict[str, Any]:
         config_class = FarSkipConfig.of(stock.config_class)  # type: ignore[attr-defined]
-        return {"__name__": CLASS_PREFIX + stock.__name__, "config_class": config_class}
+        attributes = {"__name__": CLASS_PREFIX + stock.__name__, "config_class": config_class}
+        if family_of(stock.config_class.model_type).scales_inputs:  # type: ignore[attr-defined]
+            # Converting gives Llama-4's experts a choice that transformers does not find in its source.
+            attributes["_can_set_experts_implementation_cached_value"] = True
+        return attributes
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -46,30 +56,42 @@ class FarSkipModel(Rewired):
         connectivity, converted = from_record(getattr(config, "farskip", None), len(layers))
         family = family_of(config.model_type)
         verify_layers(layers, family)
-        wire(layers, family, connectivity, converted)
+        wire(layers, family, connectivity, converted, config)
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        if requested_experts is None and family_of(cast(Any, self).config.model_type).scales_inputs:
+            requested_experts = "eager"  # transformers' default is not one for the modules inside Llama-4
+        return super().get_correct_experts_implementation(requested_experts)  # type: ignore[misc]
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers of a supported ``...ForCausalLM``, stock or converted."""
-    return cast(nn.ModuleList, model.base_model.layers)
+    """The decoder layers of a supported model, stock or converted."""
+    return cast(Any, getattr(model, "language_model", model)).model.layers
 
 
 def stock_classes(family: Family) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]] | None:
-    """Configuration and ``...ForCausalLM`` of the family; None if the installed transformers does not have it."""
+    """Configuration and model class of the family; None if the installed transformers does not have it.
+
+    The class is the family's ``...ForCausalLM``, or its ``...ForConditionalGeneration`` if it reads images.
+    """
     if family.model_type not in transformers.CONFIG_MAPPING:
         return None
     config_class = transformers.CONFIG_MAPPING[family.model_type]
-    return config_class, cast(type[PreTrainedModel], transformers.MODEL_FOR_CAUSAL_LM_MAPPING[config_class])
+    mapping: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if family.reads_images:
+        mapping = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return config_class, cast(type[PreTrainedModel], mapping[config_class])
 
 
 def replace_config(model: PreTrainedModel, config_class: type, **entries: Any) -> None:
     """Gives the model its own copy of its configuration, of another class and with further entries (None deletes one).
 
     A copy, because other models may have been built from the same object; in every module, because transformers
-    changes a configuration in place and expects all modules to see it.
+    changes a configuration, or those inside it, in place and expects all modules to see it.
     """
     old = model.config
     new = copy.deepcopy(old)
+    replaced = {id(old): new} | {id(getattr(old, name)): getattr(new, name) for name in old.sub_configs}
     new.__class__ = config_class
     for name, value in entries.items():
         if value is None:
@@ -78,12 +100,12 @@ def replace_config(model: PreTrainedModel, config_class: type, **entries: Any) -
             setattr(new, name, value)
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            if value is old:
-                setattr(module, name, new)
+            if id(value) in replaced:
+                setattr(module, name, replaced[id(value)])
 
 
 def register() -> None:
-    """Makes ``AutoConfig`` and ``AutoModelForCausalLM`` know the converted types; may be called again."""
+    """Makes transformers' Auto classes know the converted types; may be called again."""
     for family in FAMILIES.values():
         stock = stock_classes(family)
         if stock is None:
@@ -91,6 +113,8 @@ def register() -> None:
         config_class, model_class = FarSkipConfig.of(stock[0]), FarSkipModel.of(stock[1])
         AutoConfig.register(family.farskip_type, config_class, exist_ok=True)
         AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+        if family.reads_images:
+            AutoModelForImageTextToText.register(config_class, model_class, exist_ok=True)
         # Without it the experts' weights, one tensor an expert in a checkpoint, would not be found and stay random.
         mapping = get_checkpoint_conversion_mapping(family.model_type)
         if mapping is not None:
@@ -108,5 +132,6 @@ def checked_model(model: Any) -> tuple[PreTrainedModel, Family]:
     stock = stock_classes(family)
     if stock is None or not isinstance(model, stock[1]):
         wanted = stock[1].__name__ if stock else f"a {family.model_type} of a newer transformers"
-        raise UsageError(f"A {type(model).__name__} was given; only the causal language model, {wanted}, is supported.")
+        kind = "model that also reads images" if family.reads_images else "causal language model"
+        raise UsageError(f"A {type(model).__name__} was given; only the {kind}, {wanted}, is supported.")
     return model, family

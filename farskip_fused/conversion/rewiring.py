@@ -9,7 +9,8 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from farskip_fused.connectivity import Connectivity, parse_layers
-from farskip_fused.conversion.layers import FarSkipLayer, unwire, wire
+from farskip_fused.conversion.layers import FarSkipLayer, mlp_of, unwire, wire
+from farskip_fused.conversion.llama4 import Llama4Experts, choose_kernels
 from farskip_fused.conversion.models import FarSkipConfig, FarSkipModel, checked_model, decoder_layers, replace_config
 from farskip_fused.conversion.record import to_record
 from farskip_fused.conversion.verification import verify_layers
@@ -21,13 +22,16 @@ Model = TypeVar("Model", bound=nn.Module)
 def convert(
     model: Model, connectivity: str | Connectivity = "farskip", layers: str | int | Iterable[int] = "all"
 ) -> Model:
-    """Gives layers of a transformers ``...ForCausalLM`` another connectivity, in place, and returns the model.
+    """Gives layers of a transformers model another connectivity, in place, and returns the model.
 
+    model: a ``...ForCausalLM``, or the class of Llama-4 that also reads images, of which the text part is converted.
     connectivity: a ``Connectivity`` or its name: farskip, attention_only, moe_only, standard.
     layers: ``"all"``, ``"last:75%"``, ``"first:4"``, ``"4:20"`` or indices; all other layers get standard connectivity.
 
     Parameters keep their names, order, shapes and values. A converted model may be converted again, at any time: only
-    the last call counts. With standard connectivity the model is bit-equal to the stock one.
+    the last call counts. With standard connectivity the model is bit-equal to the stock one; but for Llama-4 on a GPU,
+    whose experts run on the kernels from now on, instead of all of them on all tokens:
+    ``model.set_experts_implementation("eager")`` goes back.
     Raises UsageError for an unsupported family or model, an unknown connectivity and wrong layers, with the model
     unchanged; TypeError if ``model`` is not a transformers model.
     """
@@ -37,13 +41,15 @@ def convert(
     converted = parse_layers(layers, len(decoder))
     record = to_record(chosen, converted)
     if isinstance(checked, FarSkipModel):
-        wire(decoder, family, chosen, converted)
+        wire(decoder, family, chosen, converted, checked.config)
         checked.config.farskip = record
         return model
     verify_layers(decoder, family)
     replace_config(checked, FarSkipConfig.of(type(checked.config)), farskip=record)
     checked.__class__ = FarSkipModel.of(type(checked))
-    wire(decoder, family, chosen, converted)
+    wire(decoder, family, chosen, converted, checked.config)
+    if family.scales_inputs:
+        choose_kernels(checked)
     return model
 
 
@@ -52,11 +58,15 @@ def revert(model: Model) -> Model:
 
     Raises UsageError if the model or a layer was given a further class after ``convert``, for example by FSDP.
     """
-    checked, _ = checked_model(model)
+    checked, family = checked_model(model)
     if not isinstance(checked, FarSkipModel):
         return model
     if "stock_class" not in vars(type(checked)):
         raise UsageError(f"The model has class {type(checked).__name__}, put on it after convert; revert before that.")
+    if family.scales_inputs:
+        if any(not isinstance(block.get_submodule("experts"), Llama4Experts) for _, block in moe_blocks(model)):
+            raise UsageError("The experts were replaced after convert, and the stock block cannot call them.")
+        checked.config._experts_implementation = "eager"
     unwire(decoder_layers(checked))
     replace_config(checked, cast(Any, type(checked.config)).stock_class, farskip=None)
     checked.__class__ = type(checked).stock_class
@@ -94,13 +104,14 @@ def as_teacher(model: Model) -> Iterator[Model]:
 def moe_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Name and module of every MoE block of a supported model, stock or converted, in the order of the layers.
 
-    Each has ``gate`` and ``experts``, as transformers builds them with ``experts.gate_up_proj`` [E, 2I, H] and
-    ``experts.down_proj`` [E, H, I].
+    Each has a router and ``experts``, as transformers builds them with ``experts.gate_up_proj`` [E, 2I, H] and
+    ``experts.down_proj`` [E, H, I]; Llama-4's are [E, H, 2I] and [E, I, H].
     """
-    checked, _ = checked_model(model)
-    blocks = [layer.mlp for layer in decoder_layers(checked) if hasattr(layer.mlp, "experts")]
+    checked, family = checked_model(model)
+    blocks = [mlp_of(layer, family) for layer in decoder_layers(checked)]
+    blocks = [block for block in blocks if hasattr(block, "experts")]
     names = {id(module): name for name, module in checked.named_modules()}
-    return [(names[id(block)], cast(nn.Module, block)) for block in blocks]
+    return [(names[id(block)], block) for block in blocks]
 
 
 def _farskip_layers(model: nn.Module) -> list[FarSkipLayer]:

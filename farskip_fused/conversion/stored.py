@@ -35,7 +35,8 @@ class StoredCheckpoint:
 
     @property
     def num_layers(self) -> int:
-        layers = self.config.get("num_hidden_layers")
+        of_text = self.config.get("text_config") if self.family.reads_images else self.config
+        layers = of_text.get("num_hidden_layers") if isinstance(of_text, dict) else None
         if not isinstance(layers, int):
             raise UsageError(f"{self.path / CONFIG} has no num_hidden_layers.")
         return layers

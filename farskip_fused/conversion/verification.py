@@ -6,20 +6,22 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
+from farskip_fused.conversion import llama4
 from farskip_fused.conversion.families import Family
-from farskip_fused.conversion.layers import split_mlp
+from farskip_fused.conversion.layers import mlp_of, split_mlp
 from farskip_fused.errors import UsageError
 
-PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-
-# The pre-norm skeleton, statement for statement.
-STOCK_FORWARD = """
+# The pre-norm skeleton, statement for statement, by the name of the MLP.
+STOCK_FORWARDS = {
+    "mlp": """
 residual = hidden_states
 hidden_states = self.input_layernorm(hidden_states)
 hidden_states, _ = self.self_attn()
@@ -29,7 +31,21 @@ hidden_states = self.post_attention_layernorm(hidden_states)
 hidden_states = self.mlp(hidden_states)
 hidden_states = residual + hidden_states
 return hidden_states
-"""
+""",
+    "feed_forward": """
+residual = hidden_states
+hidden_states = self.input_layernorm(hidden_states)
+attention_states, _ = self.self_attn()
+hidden_states = residual + attention_states
+residual = hidden_states
+hidden_states = self.post_attention_layernorm(hidden_states)
+hidden_states = self.feed_forward(hidden_states)
+if self.is_moe_layer:
+    hidden_states, _ = hidden_states
+hidden_states = residual + hidden_states.view(residual.shape)
+return hidden_states
+""",
+}
 
 
 def verify_layers(layers: Iterable[nn.Module], family: Family) -> None:
@@ -38,15 +54,16 @@ def verify_layers(layers: Iterable[nn.Module], family: Family) -> None:
     for index, layer in enumerate(layers):
         name = type(layer).__name__
         parts = {child for child, _ in layer.named_children()}
-        if parts != PARTS:
-            differing = ", ".join(sorted(parts ^ PARTS))
+        expected = {"input_layernorm", "self_attn", "post_attention_layernorm", family.mlp}
+        if parts != expected:
+            differing = ", ".join(sorted(parts ^ expected))
             raise UsageError(f"Layer {index} ({name}) is not a stock pre-norm layer: it differs in {differing}.")
-        if not _is_of_transformers(layer) or not _has_stock_forward(cast(Any, type(layer))):
+        if not _is_of_transformers(layer) or not _has_stock_forward(cast(Any, type(layer)), family.mlp):
             raise UsageError(
                 f"Layer {index} ({name}) does not compute what a stock pre-norm layer does;"
                 " convert the model as transformers builds it, before any wrapping."
             )
-        mlp = layer.get_submodule("mlp")
+        mlp = mlp_of(layer, family)
         if hasattr(mlp, "experts"):
             blocks.append(mlp)
             _verify_parts_of_block(index, mlp, family)
@@ -60,7 +77,7 @@ def _is_of_transformers(module: nn.Module) -> bool:
 
 
 @functools.cache
-def _has_stock_forward(layer_class: Any) -> bool:
+def _has_stock_forward(layer_class: Any, mlp: str = "mlp") -> bool:
     try:
         source = textwrap.dedent(inspect.getsource(layer_class.forward))
     except OSError:
@@ -72,7 +89,7 @@ def _has_stock_forward(layer_class: Any) -> bool:
         if isinstance(call, ast.Call) and ast.unparse(call.func) == "self.self_attn" and not call.args:
             call.keywords = [keyword for keyword in call.keywords if not _same_name(keyword)]
     body = function.body[1:] if ast.get_docstring(function) else function.body
-    return [ast.unparse(line) for line in body] == [ast.unparse(line) for line in ast.parse(STOCK_FORWARD).body]
+    return [ast.unparse(line) for line in body] == [ast.unparse(line) for line in ast.parse(STOCK_FORWARDS[mlp]).body]
 
 
 def _same_name(keyword: ast.keyword) -> bool:
@@ -80,12 +97,17 @@ def _same_name(keyword: ast.keyword) -> bool:
 
 
 def _verify_parts_of_block(index: int, block: nn.Module, family: Family) -> None:
-    expected = {"gate", "experts", family.shared, family.shared_gate} - {None}
+    expected = {family.router, "experts", family.shared, family.shared_gate} - {None}
     expected -= {name for name in expected if name and getattr(block, name, block) is None}
     parts = {child for child, _ in block.named_children()}
     if parts != expected:
         differing = ", ".join(sorted(str(part) for part in parts ^ expected))
         raise UsageError(f"The MoE block of layer {index} does not split as {family.model_type}'s: see {differing}.")
+    if family.scales_inputs and not llama4.is_stock(block.get_submodule("experts")):
+        raise UsageError(
+            f"The experts of layer {index} are {type(block.get_submodule('experts')).__name__}, not Llama-4's own;"
+            " convert the model before they are replaced or quantised."
+        )
 
 
 @torch.no_grad()
@@ -103,14 +125,31 @@ def _verify_split(block: nn.Module, family: Family) -> None:
         return
     if len({p.device for p in parameters}) > 1 or (block.training and getattr(block, "jitter_noise", 0) > 0):
         return
-    gate = next(block.get_submodule("gate").parameters())
+    gate = next(block.get_submodule(family.router).parameters())
     hidden_size = gate.shape[-1]
     tokens = torch.linspace(-1, 1, 2 * hidden_size).view(1, 2, hidden_size).to(gate.device, parameters[0].dtype)
     whole = block(tokens)
-    outputs = [output for output in split_mlp(block, family, tokens) if output is not None]
+    if family.scales_inputs:
+        whole = whole[0].view(tokens.shape)
+    with _enrolled(block, family):
+        outputs = [output for output in split_mlp(block, family, tokens) if output is not None]
     # Half-precision sums may round differently; a missing factor or term is far larger.
     if not isinstance(whole, torch.Tensor) or (whole - sum(outputs)).abs().max() > 0.05 * whole.abs().max():
         raise UsageError(
             f"The MoE block of the installed transformers' {family.model_type} is not the sum of its shared and routed"
             " experts; this version of transformers is not supported for it."
         )
+
+
+@contextmanager
+def _enrolled(block: nn.Module, family: Family) -> Iterator[None]:
+    """Within it, experts that join the registry when they are converted have joined it, with transformers' own sums."""
+    experts = block.get_submodule("experts")
+    if family.scales_inputs:
+        config = PreTrainedConfig()
+        config._experts_implementation = "eager"
+        llama4.enrol(experts, config)
+    try:
+        yield
+    finally:
+        llama4.dismiss(experts)

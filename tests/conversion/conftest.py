@@ -40,6 +40,28 @@ LATENT: dict[str, Any] = {
 }
 GROUPS = {"n_group": 4, "topk_group": 2}
 QWEN: dict[str, Any] = {"moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 3, "head_dim": 8}
+LLAMA4: dict[str, Any] = {
+    "intermediate_size": 16,
+    "intermediate_size_mlp": 24,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 1,
+    "head_dim": 8,
+    "moe_layers": [0, 1, 3],
+    "attention_chunk_size": 8,
+    "attn_temperature_tuning": False,
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+    "projector_input_dim": 16,
+    "projector_output_dim": 16,
+    "vision_output_dim": 16,
+    "pixel_shuffle_ratio": 0.5,
+}
 FAMILY: dict[str, dict[str, Any]] = {
     "deepseek_v2": DEEPSEEK | LATENT | GROUPS | {"q_lora_rank": None, "topk_method": "group_limited_greedy"},
     "deepseek_v3": DEEPSEEK | LATENT | GROUPS,
@@ -47,6 +69,8 @@ FAMILY: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {"moe_intermediate_size": 16, "moe_num_experts": 8, "moe_k": 3, "moe_layer_interval": 2},
     "glm4_moe": DEEPSEEK | {"head_dim": 8, "n_group": 2, "topk_group": 1},
     "glm4_moe_lite": DEEPSEEK | LATENT | {"mlp_layer_types": ["dense"] + ["sparse"] * 4},
+    "llama4": {},  # see tiny
+    "llama4_text": LLAMA4,
     "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 3, "head_dim": 8},
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 8},
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 3},
@@ -70,13 +94,19 @@ def tiny() -> Callable[..., Any]:
 
     def build(model_type: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> Any:
         settings = COMMON | FAMILY[model_type] | {"experts_implementation": "eager"} | overrides
+        build_from: Any = transformers.AutoModelForCausalLM
+        if model_type == "llama4":
+            text = COMMON | LLAMA4 | overrides
+            settings = {"text_config": text, "vision_config": VISION, "image_token_index": 60}
+            build_from = transformers.AutoModelForImageTextToText
         torch.manual_seed(0)
         config = transformers.AutoConfig.for_model(model_type, **settings)
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = build_from.from_config(config, dtype=dtype)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 torch.nn.init.uniform_(buffer, 0.0, 0.2)
-        return model.to(dtype).eval()
+        # As it is, a model that reads images would lose the imaginary parts of its rotations.
+        return (model if model_type == "llama4" else model.to(dtype)).eval()
 
     return build
 
@@ -95,6 +125,7 @@ def paper() -> Callable[..., tuple[Tensor, list[Tensor]]]:
     """
 
     def run(stock: Any, tokens: Tensor, attention: set[int], mlp: set[int]) -> tuple[Tensor, list[Tensor]]:
+        stock = text_model(stock)
         arguments = _layer_arguments(stock, tokens)
         before = stock.model.embed_tokens(tokens)
         o: dict[int, Tensor] = {-2: before, -1: before}
@@ -106,20 +137,35 @@ def paper() -> Callable[..., tuple[Tensor, list[Tensor]]]:
                 attention_input = (o[k - 2] + attended[k - 1]) + shared[k - 1]
             attended[k], _ = layer.self_attn(hidden_states=layer.input_layernorm(attention_input), **arguments[k])
             mlp_input = layer.post_attention_layernorm(o[k - 1] if k in mlp else o[k - 1] + attended[k])
-            o[k] = (o[k - 1] + attended[k]) + layer.mlp(mlp_input)
-            if hasattr(layer.mlp, "experts"):
-                shared[k] = _without_routed_experts(layer.mlp)(mlp_input)
+            o[k] = (o[k - 1] + attended[k]) + _output(mlp_of(layer), mlp_input)
+            if hasattr(mlp_of(layer), "experts"):
+                shared[k] = _output(_without_routed_experts(mlp_of(layer)), mlp_input)
         logits = stock.lm_head(stock.model.norm(o[len(stock.model.layers) - 1]))
         return logits, [o[k] for k in range(len(stock.model.layers))]
 
     return run
 
 
+def text_model(model: Any) -> Any:
+    """The causal language model of one that also reads images; others are it."""
+    return getattr(model, "language_model", model)
+
+
+def mlp_of(layer: Any) -> Any:
+    return layer.feed_forward if hasattr(layer, "feed_forward") else layer.mlp
+
+
+def _output(mlp: Any, hidden_states: Tensor) -> Tensor:
+    """Llama-4's blocks return their flattened output with the router's logits."""
+    output = mlp(hidden_states)
+    return output[0].view(hidden_states.shape) if isinstance(output, tuple) else output
+
+
 def _layer_arguments(stock: Any, tokens: Tensor) -> list[dict[str, Any]]:
     """What the model hands to each layer's attention: mask, positions and rotary embeddings."""
     seen: list[dict[str, Any]] = []
     hooks = [
-        layer.register_forward_pre_hook(lambda _module, _args, kwargs: seen.append(kwargs), with_kwargs=True)
+        layer.register_forward_pre_hook(lambda _module, _args, kwargs: seen.append(dict(kwargs)), with_kwargs=True)
         for layer in stock.model.layers
     ]
     stock(tokens, use_cache=False)

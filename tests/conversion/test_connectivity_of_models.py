@@ -10,6 +10,7 @@ import torch
 
 import farskip_fused as ff
 from farskip_fused import conversion
+from tests.conversion.conftest import mlp_of, text_model
 
 PARTIAL_ATTENTION = {"farskip", "attention_only"}
 OUTDATED_MLP = {"farskip", "moe_only"}
@@ -25,7 +26,7 @@ def reads(connectivity: str, layers: str) -> tuple[set[int], set[int]]:
 def test_every_family_equals_the_paper(family: str, tiny: Any, tokens: Any, paper: Any) -> None:
     stock = tiny(family)
     converted = copy.deepcopy(stock)
-    assert any(hasattr(layer.mlp, "experts") for layer in stock.model.layers)
+    assert any(hasattr(mlp_of(layer), "experts") for layer in text_model(stock).model.layers)
     for connectivity in ("farskip", "attention_only", "moe_only", "standard"):
         ff.convert(converted, connectivity)
         with torch.no_grad():

@@ -13,7 +13,7 @@ from farskip_fused import conversion
 from tests.numerics import DEVICE, assert_close
 
 # Whose experts transformers lets one choose.
-FAMILIES = list(conversion.FAMILIES)
+FAMILIES = [name for name, family in conversion.FAMILIES.items() if not family.scales_inputs]
 SMALL: dict[str, Any] = {
     "vocab_size": 61,
     "hidden_size": 32,
@@ -62,7 +62,12 @@ def test_converted_models_run_on_it_too(connectivity: str, tiny: Any, tokens: An
 
 def test_transposed_weights_are_taken_as_they_are(tokens: Any) -> None:
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("aria_text", **ARIA))
-    assert model.model.layers[0].mlp.experts.is_transposed
+    if not hasattr(model.model.layers[0].mlp.experts, "is_transposed"):
+        pytest.skip("this release of transformers does not let one choose Aria's experts")
+    experts = model.model.layers[0].mlp.experts
+    if not hasattr(experts, "is_transposed"):
+        pytest.skip(f"transformers {transformers.__version__} does not let Aria's experts be chosen")
+    assert experts.is_transposed
     check_equal_to_eager(model.to(DEVICE), tokens)
 
 

@@ -1,0 +1,68 @@
+"""`farskip bench experts --decode`: few tokens, under CUDA-graph replay, bound by the weights that are read.
+
+A graph holds several calls on copies of the layer, each with its own tokens and routing, so that no call finds the
+weights of the one before in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farskip_fused.bench import timing
+from farskip_fused.bench.peers import Peer, Problem, check
+from farskip_fused.bench.shapes import Shape
+
+CACHES = 4  # times the L2 cache that the copies of what one token reads must exceed
+LEAST_CALLS = 8
+
+
+def copies_needed(shape: Shape, cache_bytes: int) -> int:
+    """Layers to rotate among, so that what a single token reads of all of them exceeds the cache several times."""
+    return max(2, -(-CACHES * cache_bytes // shape.weight_bytes(shape.top_k)))
+
+
+def active_experts(index: Tensor) -> int:
+    """Experts that get a token."""
+    return int(index.unique().numel())
+
+
+def measure(name: str, shape: Shape, token_counts: Sequence[int], peers: Mapping[str, Peer]) -> list[dict[str, Any]]:
+    """One row for each number of tokens: ours and vLLM, the peer that serves; weights read in TB/s."""
+    from farskip_fused.bench.experts import as_peer, make_experts
+
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    copies = [make_experts(shape, max(token_counts)) for _ in range(copies_needed(shape, cache))]
+    calls = -(-LEAST_CALLS // len(copies)) * len(copies)
+    rows = []
+    for tokens in token_counts:
+        problems = [
+            Problem.random(shape, tokens, copies[at % len(copies)].w13, copies[at % len(copies)].w2)
+            for at in range(calls)
+        ]
+        errors = {}
+        if "vllm" in peers:
+            errors["vllm"] = check("vllm", peers["vllm"], as_peer(copies[0]), problems[0], backward=False)
+        graphs = {"ours": capture(problems, [as_peer(copies[at % len(copies)]) for at in range(calls)])}
+        if "vllm" in peers:
+            graphs["vllm"] = capture(problems, [peers["vllm"]] * calls)
+        active = sum(shape.weight_bytes(active_experts(problem.index)) for problem in problems) / calls
+        row: dict[str, Any] = {"shape": name, "tokens": tokens, "active_bytes": active}
+        for layer, whole in timing.interleave(graphs, budget_ms=500.0, fewest=20).items():
+            time = whole.over(calls)
+            row[layer] = {
+                "ms": time.ms, "spread_ms": time.spread_ms, "tflops": shape.flops(tokens, "forward") / time.ms * 1e-9,
+                "terabytes": active / time.ms * 1e-9, "error": errors.get(layer, 0.0),
+            }  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+def capture(problems: Sequence[Problem], layers: Sequence[Peer]) -> Callable[[], Any]:
+    def call(problem: Problem, layer: Peer) -> Callable[[], Tensor]:
+        return lambda: problem.forward(layer.run)
+
+    return timing.capture([call(*pair) for pair in zip(problems, layers, strict=True)])
