@@ -82,6 +82,8 @@ def unigram_cross_entropy(training: Tensor, validation: Tensor, vocab_size: int)
 def predicting_states(model: nn.Module, ids: Tensor) -> Tensor:
     """Final hidden states, after the last norm, of all tokens of ids [B, T] but each block's last: [B * (T-1), H]."""
     base = cast(Any, model).base_model
+    if base is model:  # Llama-4 names a base that it does not have
+        base = getattr(base, "language_model", base).model
     states: Tensor = base(input_ids=ids.to(base.device), use_cache=False).last_hidden_state[:, :-1]
     return states.flatten(0, 1)
 

@@ -11,6 +11,7 @@ import transformers
 
 import farskip_fused as ff
 from farskip_fused.conversion.llama4 import Llama4Experts
+from farskip_fused.distillation.evaluation import predicting_states
 from tests.conversion.conftest import text_model
 from tests.conversion.test_experts_implementation import check_equal_to_eager, outcome
 from tests.numerics import DEVICE, assert_close
@@ -110,6 +111,14 @@ def test_parallel_experts_of_several_a_token(tiny: Any, tokens: Any) -> None:
         assert_close(split(tokens).logits, model(tokens).logits, torch.float32)
     with pytest.raises(ff.UsageError, match="experts were replaced after convert"):
         ff.revert(split)
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_distillation_finds_its_final_hidden_states(family: str, tiny: Any, tokens: Any) -> None:
+    model = ff.convert(tiny(family, torch.float32))
+    with torch.no_grad():
+        logits = model.get_output_embeddings()(predicting_states(model, tokens))
+        assert_close(logits, model(tokens).logits[:, :-1].flatten(0, 1), torch.float32)
 
 
 class TestRefused:
