@@ -3,7 +3,7 @@
 Gluon (part of Triton) gives what plain Triton cannot on sm_90: warp roles. A loader fills the ring: weights by TMA,
 rows by TMA where they lie in order, by cp.async where an index gathers them (Hopper's TMA has no gather). Two
 consumers of one warpgroup each multiply their 64 rows of the 128 x 256 tile, round them into shared memory and go on to
-the next tile: what is left to do, stores by TMA or the arithmetic of an epilogue by four more warps, runs under the
+the next tile: what is left to do, stores by TMA or the arithmetic of an epilogue by two more warps, runs under the
 tensor cores. A consumer whose 64 rows all lie past the expert's end multiplies nothing.
 Roles and tile as in CUTLASS' and SonicMoE's (arXiv 2512.14080) cooperative kernels.
 """

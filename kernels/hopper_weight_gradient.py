@@ -48,9 +48,7 @@ if HAS_GLUON:
     GATHER_WIDE = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
 
     @gluon.jit
-    def _locate_outer(
-        tile, LEFT_TILES: gl.constexpr, RIGHT_TILES: gl.constexpr
-    ):  # fmt: skip
+    def _locate_outer(tile, LEFT_TILES: gl.constexpr, RIGHT_TILES: gl.constexpr):
         inside = tile % (LEFT_TILES * RIGHT_TILES)
         return tile // (LEFT_TILES * RIGHT_TILES), inside % LEFT_TILES, inside // LEFT_TILES
 
@@ -62,7 +60,7 @@ if HAS_GLUON:
     ):  # fmt: skip
         stage = 0
         phase = 1
-        begun = stage != 0
+        begun = stage != 0  # False, of the type that the loop gives it
         for tile in range(gl.program_id(0), EXPERTS * LEFT_TILES * RIGHT_TILES, gl.num_programs(0)):
             expert, left_tile, right_tile = _locate_outer(tile, LEFT_TILES, RIGHT_TILES)
             start = gl.load(offsets + expert)
