@@ -152,7 +152,12 @@ def _rank_main(
             torch.cuda.set_device(rank if world <= torch.cuda.device_count() else 0)
         else:
             torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+        rendezvous = dist.FileStore(store, world)
+        dist.init_process_group("gloo", store=rendezvous, rank=rank, world_size=world)
+        # A rank whose function returns or raises at once would otherwise be gone while others still connect to it,
+        # and their failure to connect would hide its own error.
+        rendezvous.set(f"connected {rank}", "")
+        rendezvous.wait([f"connected {peer}" for peer in range(world)])
         memory = ff.init(device=device, timeout=wait_timeout)
         pipe.send(Outcome(result=function(memory, *args), finished=True))
         if memory.status.read() is None:  # after a lost peer, closing together would wait for it again
