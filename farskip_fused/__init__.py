@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from farskip_fused.distillation import distill
     from farskip_fused.errors import PeerTimeout, UsageError
     from farskip_fused.local_experts import fused_experts
-    from farskip_fused.moe import FusedExperts, FusedMoE
+    from farskip_fused.moe import ExchangeOptions, FusedExperts, FusedMoE
     from farskip_fused.symmetric import SymmetricMemory, init
     from farskip_fused.transformers_experts import use_fused_experts
 
@@ -27,6 +27,7 @@ _HOMES = {
     "distill": "distillation",
     "init": "symmetric",
     "SymmetricMemory": "symmetric",
+    "ExchangeOptions": "moe",
     "FusedExperts": "moe",
     "FusedMoE": "moe",
     "fused_experts": "local_experts",
@@ -37,6 +38,7 @@ _HOMES = {
 
 __all__ = [
     "Connectivity",
+    "ExchangeOptions",
     "FusedExperts",
     "FusedMoE",
     "PeerTimeout",

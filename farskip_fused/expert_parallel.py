@@ -3,55 +3,170 @@
 Three autograd functions, one a step, so that backward has the same seams as forward: the gradient of combine is a
 dispatch, that of the experts stays where they are, that of dispatch is a combine. What travels between the functions
 is a token of one element; the data lies in the slots.
+
+Sending runs on a stream of its own with a share of the GPU's multiprocessors, the experts' GEMMs on the rest: they
+start on the rows that are there and store their results straight at the owners of the tokens.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from farskip_fused.kernels import combine, dispatch, experts, experts_backward, layout
-from farskip_fused.kernels.dispatch import Received
+from farskip_fused.kernels import combine, dispatch, experts, experts_backward
+from farskip_fused.kernels.combine import Extras
+from farskip_fused.kernels.dispatch import Received, SendOrder
 from farskip_fused.kernels.experts_to_owner import project_to_owner
 from farskip_fused.kernels.layout import Layout
-from farskip_fused.kernels.machine import INTERPRETED, aligned
-from farskip_fused.symmetric.slots import Slots
+from farskip_fused.kernels.machine import aligned
+from farskip_fused.kernels.protocol import SlotRows
+from farskip_fused.local_experts import add_extras
+from farskip_fused.symmetric.slots import Slots, Ticket
 
-# The same for any number of tokens: loading another variant of a kernel while one waits for a peer would deadlock.
-TILE_ROWS = 32 if INTERPRETED else 64
 
+@dataclass(frozen=True)
+class Exchange:
+    """Between which ranks rows travel and how; the same for every round of a layer, and at every rank.
 
-class _Round:
-    """What the steps of one round share; small tensors only, the large ones are saved by autograd."""
+    tile_rows: rows of a GEMM's tile, for any number of tokens: loading another variant of a kernel while one waits for
+    a peer would deadlock. capacity: entries that a rank's experts take. programs: multiprocessors that communication
+    may take; gemm_programs: those that are left. keep_received: backward finds the rows where forward copied them,
+    instead of having them dispatched again. presummed: see ``kernels/combine.py``. fp8: rows travel as e4m3.
+    """
 
-    def __init__(self, slots: Slots, top_k_index: Tensor, num_local_experts: int) -> None:
-        self.slots = slots
-        self.top_k_index = top_k_index
-        self.world = slots.memory.world
-        self.num_local_experts = num_local_experts
-        self.ticket = slots.open_round()
-        self.positions, self.counts = layout.send_layout(slots.context, top_k_index, self.world, num_local_experts)
-        # Alone, the number of rows is known; otherwise every peer may send as many as it may have.
-        self.rows_per_source = top_k_index.shape[0] if self.world == 1 else slots.shape.max_tokens
-        self.gradient_ticket = self.ticket  # that of the round which carries the gradients, once it is open
-        self.combined: Tensor | None = None
+    slots: Slots
+    num_local_experts: int
+    top_k: int
+    tile_rows: int
+    capacity: int
+    programs: int
+    gemm_programs: int
+    keep_received: bool = True
+    presummed: bool = False
+    fp8: bool = False
 
     @property
     def context(self) -> Tensor:
         return self.slots.context
 
+    @property
+    def world(self) -> int:
+        return self.slots.memory.world
 
-def _combine(state: _Round, top_k_weights: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
-    """Wait for the round's results, sum them and end the round."""
-    result = combine.combine(
-        state.context, state.ticket.epoch, state.world, state.top_k_index, top_k_weights, hidden, dtype
-    )
-    combine.release(state.context, state.ticket.epoch, state.world)
-    state.slots.close_round(state.ticket)
-    return result
+    @property
+    def paced(self) -> bool:
+        return self.slots.memory.link_rate is not None
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Launch what follows on the communication stream, after what this stream has been given so far."""
+        stream = self.slots.memory.stream
+        if stream is None:
+            yield
+            return
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            yield
+
+    def mark(self) -> torch.cuda.Event | None:
+        """What the communication stream has been given so far; for ``join``."""
+        stream = self.slots.memory.stream
+        return None if stream is None else stream.record_event()
+
+    def send(self, ticket: Ticket, rows: Tensor, order: SendOrder, plane: int = 0, fp8: bool = False) -> None:
+        dispatch.send_rows(
+            self.context, ticket.words, rows, order, self.world, self.num_local_experts,
+            programs=self.programs, plane=plane, fp8=fp8, paced=self.paced,
+        )  # fmt: skip
+
+
+def join(mark: torch.cuda.Event | None) -> None:
+    """Let this stream wait for what was marked."""
+    if mark is not None:
+        torch.cuda.current_stream().wait_event(mark)
+
+
+class Flight:
+    """What the steps of one round share; small tensors only, the large ones are saved by autograd."""
+
+    def __init__(self, exchange: Exchange, top_k_index: Tensor) -> None:
+        self.exchange = exchange
+        self.top_k_index = top_k_index
+        self.ticket = exchange.slots.open_round()
+        self.gradient_ticket = self.ticket  # that of the round which carries the gradients, once it is open
+        self.order: SendOrder | None = None
+        self.combined: Tensor | None = None
+        # Rows that leave must stay alive until they have left, which ``mark`` marks.
+        self.leaving: tuple[Tensor, ...] = ()
+        self.mark: torch.cuda.Event | None = None
+
+    def send(self, hidden_states: Tensor, top_k_weights: Tensor) -> None:
+        """Launch the dispatch of [T, H] with its routing."""
+        exchange, words = self.exchange, self.ticket.words
+        with exchange.beside():
+            dispatch.wait_to_send(exchange.context, words, exchange.world)
+            self.order = dispatch.send_routing(
+                exchange.context, words, self.top_k_index, top_k_weights, exchange.world, exchange.num_local_experts
+            )
+            exchange.send(self.ticket, hidden_states, self.order, fp8=exchange.fp8)
+        self.leaving, self.mark = (hidden_states, top_k_weights), exchange.mark()
+
+    def send_gradient(self, gradient: Tensor, hidden_states: Tensor | None) -> None:
+        """Launch the dispatch of gradients [T, H] along the same layout; of the hidden states again where given."""
+        exchange = self.exchange
+        assert self.order is not None
+        self.gradient_ticket = exchange.slots.open_round()
+        with exchange.beside():
+            dispatch.wait_to_send(exchange.context, self.gradient_ticket.words, exchange.world)
+            exchange.send(self.gradient_ticket, gradient, self.order)
+            if hidden_states is not None:
+                exchange.send(self.gradient_ticket, hidden_states, self.order, plane=1)
+        self.leaving = (gradient,) if hidden_states is None else (gradient, hidden_states)
+        self.mark = exchange.mark()
+
+    def receive(self) -> tuple[Received, Layout]:
+        """Wait for the routing of all ranks and sort it."""
+        exchange = self.exchange
+        return dispatch.receive_routing(
+            exchange.context, self.ticket.words, exchange.world, exchange.slots.shape.max_tokens, exchange.top_k,
+            exchange.num_local_experts, exchange.capacity, exchange.tile_rows,
+        )  # fmt: skip
+
+    def keep_rows(self) -> Tensor:
+        """Copy the rows out of the slot, on the communication stream; ``mark`` then marks the copy."""
+        exchange, shape = self.exchange, self.exchange.slots.shape
+        rows = exchange.world * shape.max_tokens
+        kept = torch.empty(rows, shape.hidden_size, dtype=shape.dtype, device=exchange.context.device)
+        with exchange.beside():
+            dispatch.wait_rows(exchange.context, self.ticket.words, exchange.world)
+            dispatch.keep_rows(exchange.context, self.ticket.words, kept, programs=exchange.programs, fp8=exchange.fp8)
+        self.mark = exchange.mark()
+        return kept
+
+    def landed(self) -> None:
+        """Let this stream wait until what leaves this rank has left and what it copies has been copied."""
+        join(self.mark)
+        self.leaving, self.mark = (), None
+
+    def finish(self, weights: Tensor, hidden: int, dtype: torch.dtype, extras: Extras | None = None) -> Tensor:
+        """Wait for the round's results, sum them and end the round."""
+        exchange, words = self.exchange, self.ticket.words
+        result, _ = combine.combine_wait(
+            exchange.context, words, exchange.world, self.top_k_index, None if exchange.presummed else weights, hidden,
+            dtype, exchange.num_local_experts if exchange.presummed else 0, extras,
+        )  # fmt: skip
+        combine.release(exchange.context, words, exchange.world)
+        exchange.slots.close_round(self.ticket)
+        return result
+
+    def check(self) -> None:
+        self.exchange.slots.memory.check()
 
 
 def _is_recomputing() -> bool:
@@ -61,138 +176,215 @@ def _is_recomputing() -> bool:
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_states: Tensor, top_k_weights: Tensor, state: _Round) -> Tensor:
-        ctx.state = state
-        dispatch.dispatch_send(
-            state.context, state.ticket.epoch, hidden_states, state.top_k_index, top_k_weights,
-            state.positions, state.counts, state.num_local_experts,
-        )  # fmt: skip
-        ctx.hidden, ctx.dtype = hidden_states.shape[1], hidden_states.dtype
+    def forward(ctx: Any, hidden_states: Tensor, top_k_weights: Tensor, flight: Flight) -> Tensor:
+        ctx.flight, ctx.hidden, ctx.dtype = flight, hidden_states.shape[1], hidden_states.dtype
+        flight.send(hidden_states, top_k_weights)
         return torch.zeros(1, device=hidden_states.device)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, Tensor, None]:
-        state: _Round = ctx.state
-        ticket = state.gradient_ticket.epoch
-        gradient = combine.combine(state.context, ticket, state.world, state.top_k_index, None, ctx.hidden, ctx.dtype)
-        weights_gradient = combine.take_weight_gradients(state.context, ticket, state.top_k_index)
-        combine.release(state.context, ticket, state.world)
-        state.slots.close_round(state.gradient_ticket)
-        state.slots.memory.check()
+    def backward(ctx: Any, token: Tensor) -> tuple[Tensor, Tensor, None]:
+        flight: Flight = ctx.flight
+        exchange, words = flight.exchange, flight.gradient_ticket.words
+        presummed_by = exchange.num_local_experts if exchange.presummed else 0
+        gradient, _ = combine.combine_wait(
+            exchange.context, words, exchange.world, flight.top_k_index, None, ctx.hidden, ctx.dtype, presummed_by
+        )
+        weights_gradient = combine.take_weight_gradients(exchange.context, words, flight.top_k_index)
+        combine.release(exchange.context, words, exchange.world)
+        exchange.slots.close_round(flight.gradient_ticket)
+        flight.check()
         return gradient, weights_gradient, None
+
+
+class _Saved(NamedTuple):
+    """What backward needs of the experts' forward pass. rows: kept ones, or empty. turns: of ``combine.find_turns``."""
+
+    received: Received
+    where: Layout
+    rows: Tensor
+    turns: Tensor
+    gate_up: Tensor
+    w13: Tensor
+    w2: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.received, *self.where[:5], self.rows, self.turns, self.gate_up, self.w13, self.w2)
+
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[Tensor], tile_rows: int) -> _Saved:
+        return cls(Received(*tensors[:2]), Layout._make([*tensors[2:7], tile_rows]), *tensors[7:])
 
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, token: Tensor, w13: Tensor, w2: Tensor, top_k_weights: Tensor, state: _Round) -> Tensor:
-        top_k = state.top_k_index.shape[1]
-        received = dispatch.dispatch_receive(
-            state.context, state.ticket.epoch, state.world, state.rows_per_source, w13.shape[2], top_k, w13.dtype
+    def forward(
+        ctx: Any, token: Tensor, w13: Tensor, w2: Tensor, top_k_weights: Tensor, flight: Flight,
+        main_grads: Sequence[Tensor | None],
+    ) -> Tensor:  # fmt: skip
+        exchange, words = flight.exchange, flight.ticket.words
+        received, where = flight.receive()
+        has_backward = any(ctx.needs_input_grad)
+        slot: SlotRows | None = SlotRows(exchange.context, words, exchange.world)
+        kept = w13.new_empty(0)
+        if exchange.fp8 or (exchange.keep_received and ctx.needs_input_grad[1]):
+            kept = flight.keep_rows()
+        rows = exchange.slots.rows
+        if exchange.fp8:
+            flight.landed()
+            rows, slot = kept, None
+        gate_up, activated = experts.up_swiglu(
+            rows, where, exchange.top_k, w13, has_backward, slot, exchange.gemm_programs
         )
-        num_local_experts = w13.shape[0]
-        capacity = received.rows.shape[0] * min(top_k, num_local_experts)
-        where = layout.expert_layout(
-            state.context, received.experts, received.counts, state.rows_per_source, num_local_experts, capacity,
-            TILE_ROWS,
-        )  # fmt: skip
-        gate_up, activated = experts.up_swiglu(received.rows, where, top_k, w13, keep_gate_up=True)
-        project_to_owner(state.context, state.ticket.epoch, activated, received, where, w2, 1, state.rows_per_source)
+        flight.landed()
+        dispatch.wait_rows(exchange.context, words, exchange.world)  # reports what the GEMM has waited for in vain
+        turns = w13.new_empty(0)
+        if exchange.presummed:
+            turns = combine.find_turns(exchange.context, words, received.experts, exchange.num_local_experts)
+        dispatch.release(exchange.context, words, exchange.world)
+        combine.wait_to_send(exchange.context, words, exchange.world)
+        _return(exchange, words, activated, where, w2, 1, received.weights, turns)
+        combine.announce_sent(exchange.context, words, exchange.world)
         if _is_recomputing():
             # Recomputation stops at the last tensor that somebody saved, perhaps before this round's finish(), and in
             # an overlapped stack finish() belongs to the next layer: nobody else would end the round.
-            state.combined = _combine(state, top_k_weights, w13.shape[2], w13.dtype)
-        ctx.state = state
-        ctx.save_for_backward(*received, *where[:5], gate_up, w13, w2)
+            flight.combined = flight.finish(top_k_weights, w13.shape[2], w13.dtype)
+        if gate_up is not None:
+            ctx.flight, ctx.main_grads = flight, main_grads
+            ctx.save_for_backward(*_Saved(received, where, kept, turns, gate_up, w13, w2).tensors())
         return torch.zeros_like(token)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        state: _Round = ctx.state
-        *parts, gate_up, w13, w2 = ctx.saved_tensors
-        received, where = Received(*parts[:5]), Layout._make([*parts[5:], TILE_ROWS])
-        top_k = received.experts.shape[1]
-        ticket = state.gradient_ticket.epoch
-        output_gradient = dispatch.gradient_receive(
-            state.context, ticket, received.counts, state.rows_per_source, received.rows
-        )
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        flight: Flight = ctx.flight
+        exchange, words = flight.exchange, flight.gradient_ticket.words
+        saved = _Saved.from_tensors(ctx.saved_tensors, exchange.tile_rows)
+        where, top_k, programs = saved.where, exchange.top_k, exchange.gemm_programs
+        slot = SlotRows(exchange.context, words, exchange.world)
         gate_up_gradient, weighted_activation, weight_parts = experts_backward.down_gradient_swiglu(
-            output_gradient, received.weights, where, w2, gate_up
+            exchange.slots.rows, saved.received.weights, where, saved.w2, saved.gate_up, slot, programs
         )
-        token_gradient, w13_gradient, w2_gradient = None, None, None
+        flight.landed()
+        again = exchange.slots.shape.planes > 1 and ctx.needs_input_grad[1]
+        inputs = SlotRows(exchange.context, words, exchange.world, plane=1) if again else None
+        slot.wait()
+        if inputs is not None:
+            inputs.wait()
+        dispatch.poison_if_failed(exchange.context, gate_up_gradient, weighted_activation)
+        token_gradient = None
         if ctx.needs_input_grad[0]:
-            project_to_owner(
-                state.context, ticket, gate_up_gradient, received, where, w13, 2, state.rows_per_source, weight_parts
-            )
-            token_gradient = torch.zeros(1, device=w13.device)
+            combine.wait_to_send(exchange.context, words, exchange.world)
+            combine.push_weight_gradients(exchange.context, words, weight_parts, where.places)
+            _return(exchange, words, gate_up_gradient, where, saved.w13, 2, None, saved.turns)
+            combine.announce_sent(exchange.context, words, exchange.world)
+            token_gradient = torch.zeros(1, device=saved.w13.device)
         else:
             # Nobody waits for these gradients: neither the input nor the router needs one, on any rank.
-            combine.release(state.context, ticket, state.world)
-            state.slots.close_round(state.gradient_ticket)
+            combine.release(exchange.context, words, exchange.world)
+            exchange.slots.close_round(flight.gradient_ticket)
+        gradients: list[Tensor | None] = [None, None]
         if ctx.needs_input_grad[1]:
-            w13_gradient = experts_backward.weight_gradient(
-                gate_up_gradient, received.rows, where, top_k, gather_left=False
+            rows = saved.rows if inputs is None else exchange.slots.rows
+            gradients[0] = experts_backward.weight_gradient(
+                gate_up_gradient, rows, where, top_k, False, ctx.main_grads[0], inputs, programs
             )
         if ctx.needs_input_grad[2]:
-            w2_gradient = experts_backward.weight_gradient(
-                output_gradient, weighted_activation, where, top_k, gather_left=True
+            gradients[1] = experts_backward.weight_gradient(
+                exchange.slots.rows, weighted_activation, where, top_k, True, ctx.main_grads[1], slot, programs
             )
-        state.slots.memory.check()
-        return token_gradient, w13_gradient, w2_gradient, None, None
+        dispatch.release(exchange.context, words, exchange.world)
+        flight.check()
+        added = [main is not None for main in ctx.main_grads]
+        w13_gradient, w2_gradient = (None if into else value for value, into in zip(gradients, added, strict=True))
+        return token_gradient, w13_gradient, w2_gradient, None, None, None
+
+
+def _return(
+    exchange: Exchange, words: Tensor, inputs: Tensor, where: Layout, weight: Tensor, column_dim: int,
+    weights: Tensor | None, turns: Tensor,
+) -> None:  # fmt: skip
+    """Multiply sorted inputs by each expert's matrix and store the rows, or their sums, at the owners of the tokens."""
+    if exchange.presummed:
+        values = experts.project(inputs, where, weight, column_dim, exchange.gemm_programs)
+        combine.push_sums(
+            exchange.context, words, values, where.places, weights, turns, programs=exchange.programs,
+            paced=exchange.paced,
+        )  # fmt: skip
+    else:
+        project_to_owner(
+            exchange.context, words, inputs, where, exchange.top_k, weight, column_dim,
+            programs=exchange.gemm_programs, paced=exchange.paced,
+        )  # fmt: skip
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, token: Tensor, top_k_weights: Tensor, hidden: int, dtype: torch.dtype, state: _Round
-    ) -> Tensor:
-        ctx.state = state
-        if state.combined is None:
-            return _combine(state, top_k_weights, hidden, dtype)
-        return state.combined
+        ctx: Any, token: Tensor, top_k_weights: Tensor, hidden_states: Tensor, shared: Tensor | None,
+        residual: Tensor | None, flight: Flight,
+    ) -> Tensor:  # fmt: skip
+        ctx.flight = flight
+        if ctx.needs_input_grad[0] and flight.exchange.slots.shape.planes > 1:
+            ctx.save_for_backward(hidden_states)
+        if flight.combined is not None:
+            return add_extras(flight.combined, shared, residual)
+        extras = Extras(residual, shared)
+        return flight.finish(top_k_weights, hidden_states.shape[1], hidden_states.dtype, extras)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        state: _Round = ctx.state
-        state.gradient_ticket = state.slots.open_round()
-        dispatch.gradient_send(state.context, state.gradient_ticket.epoch, aligned(gradient), state.positions)
-        state.slots.memory.check()
-        return torch.zeros(1, device=gradient.device), None, None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        flight: Flight = ctx.flight
+        needs = ctx.needs_input_grad
+        if needs[0]:
+            (hidden_states,) = ctx.saved_tensors or (None,)
+            flight.send_gradient(aligned(gradient), hidden_states)
+            flight.check()
+        token = torch.zeros(1, device=gradient.device) if needs[0] else None
+        return token, None, None, gradient if needs[3] else None, gradient if needs[4] else None, None
 
 
 class Pending:
     """A round in flight; made by ``start``. Every rank must take the same steps in the same order."""
 
     def __init__(
-        self, slots: Slots, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, w13: Tensor, w2: Tensor
-    ) -> None:
+        self, exchange: Exchange, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, w13: Tensor,
+        w2: Tensor, main_grads: Sequence[Tensor | None] | None = None,
+    ) -> None:  # fmt: skip
         self.output_shape = hidden_states.shape
-        self._dtype = hidden_states.dtype
         self._weights = (w13, w2)
+        self._main_grads = main_grads or (None, None)
         # The router-weight gradient comes back with dispatch's, so combine sees the weights without their graph.
         self._top_k_weights = top_k_weights.detach()
-        self._state = _Round(slots, top_k_index, w13.shape[0])
-        self._token = _Dispatch.apply(hidden_states, top_k_weights, self._state)
+        self._hidden_states = hidden_states.detach()
+        self._flight = Flight(exchange, top_k_index)
+        self._token = _Dispatch.apply(hidden_states, top_k_weights, self._flight)
         self._computed: Tensor | None = None
         self._finished = False
-        slots.memory.check()
+        self._flight.check()
 
     def experts(self) -> None:
         """Launch the expert GEMMs on what arrives; their results go straight to the owners of the tokens."""
         if self._computed is not None:
             raise RuntimeError("experts() was called twice on one pending round; call it once, or only finish().")
-        self._computed = _Experts.apply(self._token, *self._weights, self._top_k_weights, self._state)
-        self._state.slots.memory.check()
+        self._computed = _Experts.apply(
+            self._token, *self._weights, self._top_k_weights, self._flight, self._main_grads
+        )
+        self._flight.check()
 
-    def finish(self) -> Tensor:
-        """Wait for the results and return their weighted sum, shaped as the input; calls ``experts`` if nobody has."""
+    def finish(self, *, shared: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """Wait for the results and return their weighted sum, shaped as the input; calls ``experts`` if nobody has.
+
+        shared, residual: of the input's shape and dtype, added to it in the same kernel, in that order.
+        """
         if self._finished:
             raise RuntimeError("finish() was called twice on one pending round; keep its first result.")
         if self._computed is None:
             self.experts()
         self._finished = True
-        result = _Combine.apply(self._computed, self._top_k_weights, self.output_shape[-1], self._dtype, self._state)
-        self._state.slots.memory.check()
+        shape = self._hidden_states.shape
+        extras = [None if extra is None else aligned(extra.reshape(shape)) for extra in (shared, residual)]
+        result = _Combine.apply(self._computed, self._top_k_weights, self._hidden_states, *extras, self._flight)
+        self._flight.check()
         return result.reshape(self.output_shape)

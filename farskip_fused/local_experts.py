@@ -94,8 +94,11 @@ class LocalPending:
         hidden_states, _, w13, w2 = (tensor.detach() for tensor in self._inputs)
         self._computed = _expert_outputs(hidden_states, w13, w2, *self._layout, self._transposed, self._has_gradient)
 
-    def finish(self) -> Tensor:
-        """Their weighted sum, shaped as the input; calls ``experts`` if nobody has."""
+    def finish(self, *, shared: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """Their weighted sum, shaped as the input; calls ``experts`` if nobody has.
+
+        shared, residual: of the input's shape and dtype, added to it in that order.
+        """
         if self._finished:
             raise RuntimeError("finish() was called twice on one pending call; keep its first result.")
         if self._computed is None:
@@ -105,7 +108,13 @@ class LocalPending:
         values, gate_up = self._computed
         self._computed = ()  # gives the values back, which are as large as K inputs
         result = _sum_experts(values, *self._inputs, gate_up, *self._layout, self._transposed, *self._main_grads)
-        return result.reshape(self.output_shape)
+        return add_extras(result.reshape(self.output_shape), shared, residual)
+
+
+def add_extras(result: Tensor, shared: Tensor | None, residual: Tensor | None) -> Tensor:
+    if shared is not None:
+        result = result + shared
+    return result if residual is None else residual + result
 
 
 def check_experts(w13: Tensor, w2: Tensor, transposed: bool) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from farskip_fused.errors import UsageError
-from farskip_fused.expert_parallel import Pending
+from farskip_fused.expert_parallel import Exchange, Pending
 from farskip_fused.kernels.layout import Layout
-from farskip_fused.kernels.machine import aligned
+from farskip_fused.kernels.machine import INTERPRETED, aligned
 from farskip_fused.kernels.tiles import choose_tile_rows
 from farskip_fused.local_experts import (
     DTYPES,
@@ -27,6 +27,38 @@ from farskip_fused.symmetric import SymmetricMemory
 from farskip_fused.symmetric.slots import MINIMUM_DEPTH, Slots, SlotShape, open_slots
 
 WARM_UP_TOKENS = 4
+COMMUNICATION_SHARE = 8 / 132  # of the multiprocessors
+
+
+@dataclass(frozen=True)
+class ExchangeOptions:
+    """How rows travel between ranks.
+
+    num_comm_sms: multiprocessors that communication may take while GEMMs run; None for 8 of 132.
+    keep_received: in training, copy received rows out of the slots for backward. Otherwise backward dispatches them
+        again: more traffic, and no memory of the layer's own, but slots twice as large.
+    combine: "direct", where the down-projection stores every row at the owner of its token, as it is computed, and
+        results are the same for any number of ranks; or "presummed", where each rank sums a token's rows first and one
+        row a rank and token travels: fewer bytes, after the GEMM instead of during it.
+    fp8: rows of the forward pass travel as e4m3 with a float32 scale for each 128 columns.
+    max_pairs: (token, expert) pairs that the experts of a rank take in one call; more raise UsageError. None for as
+        many as all tokens of all ranks can give, for which memory is then set aside.
+    """
+
+    num_comm_sms: int | None = None
+    keep_received: bool = True
+    combine: str = "direct"
+    fp8: bool = False
+    max_pairs: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("num_comm_sms", self.num_comm_sms), ("max_pairs", self.max_pairs)):
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}; it must be at least 1.")
+        if self.combine not in ("direct", "presummed"):
+            raise UsageError(f"combine is {self.combine!r}; it must be 'direct' or 'presummed'.")
+        if self.fp8 and not self.keep_received:
+            raise UsageError("fp8 was given with keep_received=False; rows that travel as fp8 are kept widened.")
 
 
 class FusedExperts(nn.Module):
@@ -38,9 +70,10 @@ class FusedExperts(nn.Module):
         ``max_tokens``, ``depth`` and ``setup`` binds nobody, and torch.compile(fullgraph=True) takes the layer.
     max_tokens: most tokens that this rank, and any other, passes in one call.
     depth: rounds in flight, at least 2.
+    exchange: how rows travel between the ranks.
     accumulate_into_main_grad: backward adds the weights' gradients to their attribute ``main_grad``, a contiguous
         floating-point tensor of their shape (the convention of Megatron and TransformerEngine), and leaves ``grad``
-        as it is; with ``ep`` None only. Compiled, a micro-batch's backward must come before the next one's forward.
+        as it is. Compiled, a micro-batch's backward must come before the next one's forward.
     Parameters: w13 [E_local, 2I, H], gate rows, then up rows; w2 [E_local, H, I].
     ``setup`` must be called, on every rank, before the first ``forward``.
     """
@@ -55,6 +88,7 @@ class FusedExperts(nn.Module):
         ep: SymmetricMemory | None = None,
         max_tokens: int,
         depth: int = MINIMUM_DEPTH,
+        exchange: ExchangeOptions | None = None,
         accumulate_into_main_grad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -81,21 +115,29 @@ class FusedExperts(nn.Module):
         dtype = dtype or torch.get_default_dtype()
         if dtype not in DTYPES:
             raise TypeError(f"The experts' dtype is {dtype}; use bfloat16, float16 or float32.")
-        if accumulate_into_main_grad and ep is not None:
-            raise UsageError("accumulate_into_main_grad was given together with ep; it needs ep=None.")
         self.num_experts, self.top_k, self.ep = num_experts, top_k, ep
         self.accumulate_into_main_grad = accumulate_into_main_grad
-        self.slot_shape = SlotShape(max_tokens, hidden_size, top_k, dtype, depth)
+        self.exchange_options = exchange or ExchangeOptions()
+        planes = 1 if self.exchange_options.keep_received else 2
+        self.slot_shape = SlotShape(
+            max_tokens, hidden_size, top_k, dtype, depth, planes=planes, fp8=self.exchange_options.fp8
+        )
         local = num_experts // world
         self.w13 = nn.Parameter(torch.empty(local, 2 * intermediate_size, hidden_size, device=device, dtype=dtype))
         self.w2 = nn.Parameter(torch.empty(local, hidden_size, intermediate_size, device=device, dtype=dtype))
         for weight in (self.w13, self.w2):
             nn.init.normal_(weight, std=INITIAL_STD)
-        self._slots: Slots | None = None
+        self._exchange: Exchange | None = None
+        self._is_set_up = ep is None
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether all experts are here: nothing travels, and the path of one rank is taken."""
+        return self.ep is None or self.ep.world == 1
 
     def size_hint(self) -> dict[str, int]:
         """Bytes of symmetric memory at each rank by region, and their "total"; allocates nothing."""
-        regions = {} if self.ep is None else self.slot_shape.regions(self.ep.world)
+        regions = {} if self.ep is None or self.is_alone else self.slot_shape.regions(self.ep.world)
         return {**regions, "total": sum(regions.values())}
 
     def setup(self) -> None:
@@ -108,14 +150,28 @@ class FusedExperts(nn.Module):
         if self.w13.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("setup() was called inside CUDA-graph capture; call it before.")
         self._check_weights()
-        if self.ep is None:
+        self._is_set_up = True
+        if self.ep is None or self.is_alone:
             return
         scratch = _local(self.w13.device)
-        self._warm_up(open_slots(scratch, replace(self.slot_shape, max_tokens=WARM_UP_TOKENS)))
+        self._warm_up(self._new_exchange(open_slots(scratch, replace(self.slot_shape, max_tokens=WARM_UP_TOKENS))))
         scratch.close()
-        self._slots = open_slots(self.ep, self.slot_shape)
+        self._exchange = self._new_exchange(open_slots(self.ep, self.slot_shape))
         self.ep.synchronize()
         self.ep.barrier()
+
+    def _new_exchange(self, slots: Slots) -> Exchange:
+        assert self.ep is not None
+        options, shape, local = self.exchange_options, self.slot_shape, self.w13.shape[0]
+        entries = shape.max_tokens * self.top_k * self.ep.world
+        worst = slots.memory.world * slots.shape.max_tokens * min(self.top_k, local)
+        programs, gemm_programs = _share_multiprocessors(self.w13.device, options.num_comm_sms)
+        return Exchange(
+            slots, local, self.top_k,
+            tile_rows=choose_tile_rows(entries, self.num_experts, shape.dtype),
+            capacity=min(worst, options.max_pairs or worst), programs=programs, gemm_programs=gemm_programs,
+            keep_received=options.keep_received, presummed=options.combine == "presummed", fp8=options.fp8,
+        )  # fmt: skip
 
     def _check_weights(self) -> None:
         check_experts(self.w13, self.w2, transposed=False)
@@ -132,18 +188,27 @@ class FusedExperts(nn.Module):
             if weight.device != self.ep.device:
                 raise UsageError(f"{name} is on {weight.device}, its symmetric memory on {self.ep.device}.")
 
-    def _warm_up(self, slots: Slots) -> None:
+    def _warm_up(self, exchange: Exchange) -> None:
+        """Launch every variant of every kernel once, with backward and without."""
         device, dtype = self.w13.device, self.slot_shape.dtype
         tokens, local = WARM_UP_TOKENS, self.w13.shape[0]
         ids = torch.arange(self.top_k, dtype=torch.int32, device=device)
         ids = torch.where(ids < local, ids, -1).expand(tokens, -1).contiguous()
-        with torch.enable_grad():
-            x = torch.zeros(tokens, self.slot_shape.hidden_size, device=device, dtype=dtype, requires_grad=True)
-            weights = torch.ones(tokens, self.top_k, device=device, requires_grad=True)
-            w13, w2 = self.w13.detach().requires_grad_(), self.w2.detach().requires_grad_()
-            y = Pending(slots, x, ids, weights, w13, w2).finish()
-            torch.autograd.grad(y.sum(), (x, weights, w13, w2))
-        slots.memory.synchronize()
+        w13, w2 = (weight.detach().requires_grad_() for weight in (self.w13, self.w2))
+        added = {torch.float32, dtype} if self.accumulate_into_main_grad else set()
+        for has_backward, added_dtype in [(False, None), (True, None), *((True, each) for each in added)]:
+            main_grads = None
+            if added_dtype is not None:
+                main_grads = [torch.empty_like(weight, dtype=added_dtype) for weight in (w13, w2)]
+            with torch.set_grad_enabled(has_backward):
+                x = torch.zeros(tokens, self.slot_shape.hidden_size, device=device, dtype=dtype, requires_grad=True)
+                weights = torch.ones(tokens, self.top_k, device=device, requires_grad=True)
+                for shared, residual in ((None, None), (x, None), (None, x), (x, x)):
+                    pending = Pending(exchange, x, ids, weights, w13, w2, main_grads)
+                    y = pending.finish(shared=shared, residual=residual)
+                if has_backward:
+                    y.sum().backward()
+        exchange.slots.memory.synchronize()
 
     def dispatch(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Pending | LocalPending:
         """Launch the dispatch of [T, H] to experts [T, K] (-1: not routed) with weights [T, K]; returns at once.
@@ -152,23 +217,24 @@ class FusedExperts(nn.Module):
         more than ``max_tokens`` tokens and, on CPU, for ids out of range. A GPU finds those itself: a later call
         reports them, and the symmetric memory is then of no further use.
         """
-        if self.ep is not None and self._slots is None:
+        if not self._is_set_up:
             raise RuntimeError("The layer is not set up; call setup() on every rank before the first forward.")
         self._check_weights()
         self._check_input(hidden_states)
         check_routing(hidden_states.shape[0], top_k_index, top_k_weights, self.w13.device, self.top_k)
-        if self._slots is None:
+        if self._exchange is None:
             return self._dispatch_here(hidden_states, sort_entries(top_k_index, self.w13), top_k_weights)
         check_ids(top_k_index, self.num_experts)
         if top_k_index.dtype != torch.int32:
             limits = torch.iinfo(torch.int32)  # beyond them an id out of range would wrap around to a valid one
             top_k_index = top_k_index.clamp(limits.min, limits.max).to(torch.int32)
         return Pending(
-            self._slots, aligned(hidden_states), aligned(top_k_index), aligned(top_k_weights.float()), self.w13, self.w2
-        )
+            self._exchange, aligned(hidden_states), aligned(top_k_index), aligned(top_k_weights.float()), self.w13,
+            self.w2, self._main_grads(),
+        )  # fmt: skip
 
     def _dispatch_here(self, hidden_states: Tensor, where: Layout, top_k_weights: Tensor) -> LocalPending:
-        main_grads = self._main_grads() if self.accumulate_into_main_grad else None
+        main_grads = self._main_grads()
         return LocalPending(hidden_states, where, top_k_weights, self.w13, self.w2, main_grads=main_grads)
 
     def _check_input(self, hidden_states: Tensor) -> None:
@@ -179,8 +245,10 @@ class FusedExperts(nn.Module):
                 "split."
             )
 
-    def _main_grads(self) -> tuple[Tensor | None, Tensor | None]:
-        """What backward adds the weights' gradients to; None for a frozen weight."""
+    def _main_grads(self) -> tuple[Tensor | None, Tensor | None] | None:
+        """What backward adds the weights' gradients to; None for a frozen weight, or for all."""
+        if not self.accumulate_into_main_grad:
+            return None
         found: list[Tensor | None] = []
         for name, weight in (("w13", self.w13), ("w2", self.w2)):
             main_grad = getattr(weight, "main_grad", None) if weight.requires_grad else None
@@ -216,6 +284,7 @@ class FusedMoE(FusedExperts):
         ep: SymmetricMemory | None = None,
         max_tokens: int,
         depth: int = MINIMUM_DEPTH,
+        exchange: ExchangeOptions | None = None,
         accumulate_into_main_grad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -223,15 +292,15 @@ class FusedMoE(FusedExperts):
     ) -> None:
         super().__init__(
             hidden_size, intermediate_size, num_experts, top_k,
-            ep=ep, max_tokens=max_tokens, depth=depth, accumulate_into_main_grad=accumulate_into_main_grad,
-            device=device, dtype=dtype,
+            ep=ep, max_tokens=max_tokens, depth=depth, exchange=exchange,
+            accumulate_into_main_grad=accumulate_into_main_grad, device=device, dtype=dtype,
         )  # fmt: skip
         self.gate = Router(
             hidden_size, num_experts, top_k, device=self.w13.device, dtype=self.w13.dtype, **routing_options
         )
 
-    def _warm_up(self, slots: Slots) -> None:
-        super()._warm_up(slots)
+    def _warm_up(self, exchange: Exchange) -> None:
+        super()._warm_up(exchange)
         self.gate.load(self.slot_shape.max_tokens)
 
     def start(self, hidden_states: Tensor) -> Pending | LocalPending:
@@ -239,7 +308,7 @@ class FusedMoE(FusedExperts):
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         self._check_input(flat)
         pending: Pending | LocalPending
-        if self.ep is not None:
+        if self._exchange is not None or not self._is_set_up:
             pending = self.dispatch(flat, *self.gate(flat))
         else:
             self._check_weights()
@@ -259,3 +328,14 @@ def _local(device: torch.device) -> SymmetricMemory:
     from farskip_fused.symmetric.local import LocalMemory
 
     return LocalMemory(device, timeout=60.0)
+
+
+def _share_multiprocessors(device: torch.device, num_comm_sms: int | None) -> tuple[int, int]:
+    """Programs of communication and of GEMMs that run beside it."""
+    if INTERPRETED:
+        return num_comm_sms or 2, 1
+    available = torch.cuda.get_device_properties(device).multi_processor_count
+    share = num_comm_sms or max(round(available * COMMUNICATION_SHARE), 1)
+    if share >= available:
+        raise UsageError(f"num_comm_sms is {share} and the GPU has {available}; leave some for the experts.")
+    return share, available - share

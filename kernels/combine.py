@@ -1,57 +1,186 @@
-"""Combine: the outputs of a token's experts, already stored at its rank, summed over top-k in a fixed order.
+"""Combine: the outputs of a token's experts, brought to its rank and summed in a fixed order.
 
-The down-projection stores finished rows straight into [token, k] of the owner's slot (experts.py), so the sum here is
-the same whatever the number of ranks: position 0 first, in float32.
+Two forms fill the same slot. Direct: the down-projection stores every finished row in [token, k] of its owner
+(experts_to_owner.py); the sum is over top-k, position 0 first, the same whatever the number of ranks. Pre-summed: each
+rank sums its experts' rows of a token first and stores one row in [token, j], where it is the j-th of the token's
+ranks; fewer bytes travel, and the sum is over ranks, rank 0 first. Both sum in float32.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .machine import INTERPRETED
+from .machine import INTERPRETED, padded
 from .protocol import (
     COMBINE_ARRIVAL,
     COMBINE_CREDIT,
     COMBINE_ROWS,
     COMBINE_SCALARS,
+    DISPATCH_EXPERTS,
     MAX_TOKENS,
+    RANK,
+    WORLD,
     announce,
     is_alive,
     own_region,
+    pace,
+    region,
+    row_pointers,
     slot_of,
     wait_arrival,
+    wait_credit,
 )
 
-BLOCK_TOKENS = 128 if INTERPRETED else 16
-BLOCK_HIDDEN = 128
+BLOCK_TOKENS = 128 if INTERPRETED else 1
+BLOCK_HIDDEN = 128 if INTERPRETED else 1024
+ROWS_AT_ONCE = 128 if INTERPRETED else 8
+WARPS = 16
+
+
+class Extras(NamedTuple):
+    """What combine adds to the sum in the same pass, each [T, H] or None, and the norm it applies to the result.
+
+    norm_weight: [H] of an RMSNorm with ``norm_epsilon``, or None.
+    """
+
+    residual: Tensor | None = None
+    shared: Tensor | None = None
+    norm_weight: Tensor | None = None
+    norm_epsilon: float = 0.0
+
+
+@triton.jit
+def _count_ranks(ids, below, NUM_LOCAL_EXPERTS: tl.constexpr):
+    """How many ranks below ``below`` hold an expert of each token, from ids [BLOCK, K]."""
+    rank = tl.where(ids >= 0, ids // NUM_LOCAL_EXPERTS, 2147483647)
+    k = tl.arange(0, ids.shape[1])
+    again = (rank[:, :, None] == rank[:, None, :]) & (k[None, None, :] < k[None, :, None])
+    first = tl.max(again.to(tl.int32), axis=2) == 0
+    return tl.sum((first & (rank < below)).to(tl.int32), axis=1)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _find_turns(
+    context, ticket, experts, turns, rows,
+    NUM_LOCAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    k = tl.arange(0, TOP_K_PADDED)
+    entry = row[:, None] * TOP_K + k[None, :]
+    mask = (row < rows)[:, None] & (k < TOP_K)[None, :]
+    here = tl.max(tl.load(experts + entry, mask=mask, other=-1), axis=1) >= 0
+    first = slot_of(context, ticket) * rows * TOP_K
+    mask &= here[:, None]
+    ids = tl.load(own_region(context, DISPATCH_EXPERTS, tl.int32) + first + entry, mask=mask, other=-1)
+    turn = _count_ranks(ids, tl.load(context + RANK), NUM_LOCAL_EXPERTS)
+    tl.store(turns + row, tl.where(here, turn, -1), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _push_sums(
+    context, ticket, values, places, weights, turns, rows,
+    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, PACED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+):  # fmt: skip
+    if is_alive(context):
+        max_tokens, rank = tl.load(context + MAX_TOKENS), tl.load(context + RANK)
+        first = slot_of(context, ticket) * max_tokens
+        for start in range(tl.program_id(0) * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS):
+            row = start + tl.arange(0, BLOCK_ROWS)
+            turn = tl.load(turns + row, mask=row < rows, other=-1)
+            here = turn >= 0
+            owner = row // max_tokens
+            token = ((first + row % max_tokens) * TOP_K).to(tl.int64)
+            target = row_pointers(context, owner, COMBINE_ROWS, token + turn, HIDDEN, values.dtype.element_ty)
+            for column_start in range(0, HIDDEN, BLOCK_HIDDEN):
+                column = column_start + tl.arange(0, BLOCK_HIDDEN)
+                in_row = column < HIDDEN
+                total = tl.zeros((BLOCK_ROWS, BLOCK_HIDDEN), tl.float32)
+                for k in range(TOP_K):
+                    entry = row.to(tl.int64) * TOP_K + k
+                    place = tl.load(places + entry, mask=here, other=-1).to(tl.int64)
+                    mask = (place >= 0)[:, None] & in_row[None, :]
+                    value = tl.load(values + place[:, None] * HIDDEN + column[None, :], mask=mask, other=0.0)
+                    value = value.to(tl.float32)
+                    if weights is not None:
+                        value *= tl.load(weights + entry, mask=place >= 0, other=0.0)[:, None]
+                    total += value
+                mask = here[:, None] & in_row[None, :]
+                tl.store(target[:, None] + column[None, :], total.to(values.dtype.element_ty), mask=mask)
+            if PACED:
+                sent = tl.sum((here & (owner != rank)).to(tl.int32))
+                pace(context, sent * (HIDDEN * values.dtype.element_ty.primitive_bitwidth // 8))
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _sum_over_top_k(
-    context, ticket, experts, weights, result, tokens,
-    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr,
+def _sum(
+    context, ticket, experts, weights, shared, residual, norm_weight, norm_epsilon, result, normed, tokens,
+    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr, PRESUMMED_BY: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     column = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
     in_range = token < tokens
-    mask = in_range[:, None] & (column < HIDDEN)[None, :]
-    slot_rows = own_region(context, COMBINE_ROWS, result.dtype.element_ty)
+    in_row = column < HIDDEN
+    mask = in_range[:, None] & in_row[None, :]
     first = (slot_of(context, ticket) * tl.load(context + MAX_TOKENS) + token) * TOP_K
+    rows = row_pointers(context, tl.load(context + RANK), COMBINE_ROWS, first, HIDDEN, result.dtype.element_ty)
+    if PRESUMMED_BY > 0:
+        k = tl.arange(0, TOP_K_PADDED)
+        ids_mask = in_range[:, None] & (k < TOP_K)[None, :]
+        ids = tl.load(experts + token[:, None] * TOP_K + k[None, :], mask=ids_mask, other=-1)
+        ranks = _count_ranks(ids, tl.load(context + WORLD), PRESUMMED_BY)
     total = tl.zeros((BLOCK_TOKENS, BLOCK_HIDDEN), tl.float32)
     for k in range(TOP_K):
-        routed = tl.load(experts + token * TOP_K + k, mask=in_range, other=-1) >= 0
+        if PRESUMMED_BY > 0:
+            arrived = in_range & (k < ranks)
+        else:
+            arrived = tl.load(experts + token * TOP_K + k, mask=in_range, other=-1) >= 0
         value = tl.load(
-            slot_rows + (first + k)[:, None] * HIDDEN + column[None, :], mask=mask & routed[:, None], other=0.0
+            rows[:, None] + (k * HIDDEN + column)[None, :], mask=arrived[:, None] & in_row[None, :], other=0.0
         ).to(tl.float32)
-        if WEIGHTED:
-            value *= tl.load(weights + token * TOP_K + k, mask=routed, other=0.0)[:, None]
+        if weights is not None:
+            value *= tl.load(weights + token * TOP_K + k, mask=arrived, other=0.0)[:, None]
         total += value
-    total = tl.where(is_alive(context), total, float("nan"))
-    tl.store(result + token[:, None] * HIDDEN + column[None, :], total.to(result.dtype.element_ty), mask=mask)
+    at = token[:, None] * HIDDEN + column[None, :]
+    # Rounded after every addition, so that the result is bit for bit that of separate additions.
+    element = result.dtype.element_ty
+    total = total.to(element)
+    if shared is not None:
+        total = (total.to(tl.float32) + tl.load(shared + at, mask=mask, other=0.0).to(tl.float32)).to(element)
+    if residual is not None:
+        total = (tl.load(residual + at, mask=mask, other=0.0).to(tl.float32) + total.to(tl.float32)).to(element)
+    total = tl.where(is_alive(context), total, float("nan")).to(element)
+    tl.store(result + at, total, mask=mask)
+    if norm_weight is not None:
+        wide = total.to(tl.float32)
+        scale = 1.0 / tl.sqrt_rn(tl.sum(wide * wide, axis=1) / HIDDEN + norm_epsilon)
+        weight = tl.load(norm_weight + column, mask=in_row, other=0.0).to(tl.float32)
+        value = (wide * scale[:, None]).to(element).to(tl.float32) * weight[None, :]
+        tl.store(normed + at, value.to(element), mask=mask)
+
+
+@triton.jit(do_not_specialize=["entries"])
+def _push_scalars(
+    context, ticket, parts, places, entries,
+    TOP_K: tl.constexpr, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    if is_alive(context):
+        max_tokens = tl.load(context + MAX_TOKENS)
+        entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        place = tl.load(places + entry, mask=entry < entries, other=-1).to(tl.int64)
+        part = tl.arange(0, PARTS_PADDED)
+        mask = (place >= 0)[:, None] & (part < PARTS)[None, :]
+        value = tl.sum(tl.load(parts + place[:, None] * PARTS + part[None, :], mask=mask, other=0.0), axis=1)
+        row = entry // TOP_K
+        target = (slot_of(context, ticket) * max_tokens + row % max_tokens) * TOP_K + entry % TOP_K
+        scalars = region(context, row // max_tokens, COMBINE_SCALARS, tl.float32)
+        tl.store(scalars + target, value, mask=place >= 0)
 
 
 @triton.jit(do_not_specialize=["entries"])
@@ -64,7 +193,7 @@ def _take_scalars(context, ticket, experts, result, entries, TOP_K: tl.constexpr
     tl.store(result + entry, tl.where(is_alive(context), value, float("nan")), mask=in_range)
 
 
-def combine(
+def combine_wait(
     context: Tensor,
     ticket: Tensor,
     world: int,
@@ -72,24 +201,90 @@ def combine(
     weights: Tensor | None,
     hidden: int,
     dtype: torch.dtype,
-) -> Tensor:
-    """Wait for every rank's rows and sum those of each token.
+    presummed_by: int = 0,
+    extras: Extras | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Wait for every rank's rows and sum those of each token; then shared output, residual and norm, where given.
 
-    experts: [T, K] int32 global ids, -1 for not routed. weights: [T, K] float32, or None for a plain sum.
-    Returns [T, H]; all NaN once the context has failed. The slot stays in use until ``release``.
+    experts: [T, K] int32 global ids, -1 for not routed. weights: [T, K] float32 of the direct form, or None for a plain
+    sum. presummed_by: experts a rank, where ranks sent their sums; 0 where they sent every expert's row.
+    Returns [T, H], all NaN once the context has failed, and the same normed or None. The slot stays in use until
+    ``release``. Additions are rounded one by one to ``dtype``; the norm is rounded before its weight, as Llama's is.
     """
     tokens, top_k = experts.shape
     result = torch.empty(tokens, hidden, dtype=dtype, device=context.device)
+    extras = extras or Extras()
+    norm = extras.norm_weight
+    normed = None if norm is None else torch.empty_like(result)
+    columns = padded(hidden) if norm is not None else min(padded(hidden), BLOCK_HIDDEN)  # a norm needs the whole row
     wait_arrival(context, ticket, world, COMBINE_ARRIVAL)
-    _sum_over_top_k[(max(triton.cdiv(tokens, BLOCK_TOKENS), 1), triton.cdiv(hidden, BLOCK_HIDDEN))](
-        context, ticket, experts, weights, result, tokens,
-        HIDDEN=hidden, TOP_K=top_k, WEIGHTED=weights is not None, BLOCK_TOKENS=BLOCK_TOKENS, BLOCK_HIDDEN=BLOCK_HIDDEN,
+    _sum[(max(triton.cdiv(tokens, BLOCK_TOKENS), 1), triton.cdiv(hidden, columns))](
+        context, ticket, experts, weights, extras.shared, extras.residual, norm, extras.norm_epsilon, result, normed,
+        tokens,
+        HIDDEN=hidden, TOP_K=top_k, TOP_K_PADDED=padded(top_k), PRESUMMED_BY=presummed_by,
+        BLOCK_TOKENS=BLOCK_TOKENS, BLOCK_HIDDEN=columns, num_warps=4,
     )  # fmt: skip
-    return result
+    return result, normed
+
+
+def find_turns(context: Tensor, ticket: Tensor, experts: Tensor, num_local_experts: int) -> Tensor:
+    """Which of its token's ranks this one is, for each received row: [R] int32, -1 where no row is.
+
+    experts: [R, K] int32, see ``dispatch.Received``. The dispatch slot must not have been released yet.
+    """
+    rows, top_k = experts.shape
+    turns = torch.empty(rows, dtype=torch.int32, device=experts.device)
+    block = 1024 if INTERPRETED else 32
+    _find_turns[(triton.cdiv(rows, block),)](
+        context, ticket, experts, turns, rows,
+        NUM_LOCAL_EXPERTS=num_local_experts, TOP_K=top_k, TOP_K_PADDED=padded(top_k), BLOCK=block,
+    )  # fmt: skip
+    return turns
+
+
+def wait_to_send(context: Tensor, ticket: Tensor, world: int) -> None:
+    """Wait until every owner has released the combine slot that this round fills."""
+    wait_credit(context, ticket, world, COMBINE_CREDIT)
+
+
+def announce_sent(context: Tensor, ticket: Tensor, world: int) -> None:
+    """Tell every owner that this rank has stored all it has for it."""
+    announce(context, ticket, world, COMBINE_ARRIVAL)
+
+
+def push_sums(
+    context: Tensor, ticket: Tensor, values: Tensor, places: Tensor, weights: Tensor | None, turns: Tensor,
+    *, programs: int, paced: bool = False,
+) -> None:  # fmt: skip
+    """The pre-summed form: sum this rank's rows of each token and store the sums at their owners.
+
+    values: [C, H] in sorted order. places: [R, K] int32 of ``Layout``. weights: [R, K] float32, None for a plain sum.
+    turns: [R] int32 of ``find_turns``. programs: of 16 warps each, what combine may take of the GPU.
+    """
+    hidden = values.shape[1]
+    rows, top_k = places.shape
+    _push_sums[(programs,)](
+        context, ticket, values, places, weights, turns, rows,
+        HIDDEN=hidden, TOP_K=top_k, PACED=paced,
+        BLOCK_ROWS=ROWS_AT_ONCE, BLOCK_HIDDEN=min(padded(hidden), BLOCK_HIDDEN), num_warps=WARPS,
+    )  # fmt: skip
+
+
+def push_weight_gradients(context: Tensor, ticket: Tensor, parts: Tensor, places: Tensor) -> None:
+    """Sum ``parts`` [C, P] float32 over P and store the gradient of each router weight at its owner.
+
+    places: [R, K] int32 of ``Layout``.
+    """
+    entries = places.numel()
+    block = 1024 if INTERPRETED else 128  # as in gather_sum.sum_parts, so that both sum in the same order
+    _push_scalars[(max(triton.cdiv(entries, block), 1),)](
+        context, ticket, parts, places, entries,
+        TOP_K=places.shape[1], PARTS=parts.shape[1], PARTS_PADDED=padded(parts.shape[1]), BLOCK=block,
+    )  # fmt: skip
 
 
 def take_weight_gradients(context: Tensor, ticket: Tensor, experts: Tensor) -> Tensor:
-    """Gradients of the router weights [T, K] float32, after ``combine`` has waited."""
+    """Gradients of the router weights [T, K] float32, after ``combine_wait`` has waited."""
     result = torch.empty(experts.shape, dtype=torch.float32, device=context.device)
     entries = experts.numel()
     block = 1024

@@ -1,8 +1,9 @@
 """Dispatch: rows from the rank of their token to the ranks of its experts, once per rank.
 
-The sender stores rows straight into the slot of this round at each destination (push: the row's place there is known
-from the local layout alone, so no count exchange comes first). The receiver copies them out of the slot into memory
-of its own, which backward needs in any case, and gives the slot back at once.
+The sender stores rows straight into the slot of this round at each destination (push). Their place there follows from
+their rank and token alone, so no exchange of counts comes first. It sends in the order in which the receivers' GEMMs
+want them: the first expert of every rank, its own rank first and each rank starting with another, then the second.
+Every row raises a flag of its own when it is there, so that a GEMM can start on its first rows.
 """
 
 from __future__ import annotations
@@ -14,220 +15,313 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .layout import LARGEST_CHUNK, Layout, block_entries_of, entry_sizes, local_layout, new_block_counts, sort_received
 from .machine import INTERPRETED, padded
 from .protocol import (
-    DISPATCH_ARRIVAL,
+    CODE_EXPERT_OUT_OF_RANGE,
     DISPATCH_COUNTS,
     DISPATCH_CREDIT,
     DISPATCH_EXPERTS,
     DISPATCH_ROWS,
-    DISPATCH_TOKENS,
+    DISPATCH_SCALES,
     DISPATCH_WEIGHTS,
     MAX_TOKENS,
+    PEERS,
     RANK,
+    ROUTING_ARRIVAL,
+    ROW_ARRIVAL,
+    ROWS_ARRIVAL,
+    TICKET_FIRST_ROW,
     WORLD,
     announce,
+    fail,
     is_alive,
     own_region,
+    pace,
     region,
+    row_pointers,
     slot_of,
     wait_arrival,
     wait_credit,
 )
 
-BLOCK_ROWS = 128 if INTERPRETED else 16  # the interpreter pays by the program, not by the row
-BLOCK_HIDDEN = 256
+SCALE_COLUMNS = 128  # columns of an fp8 row that share a scale
+FP8_LARGEST = 448.0  # of e4m3
+_SCALE_COLUMNS, _FP8_LARGEST = tl.constexpr(SCALE_COLUMNS), tl.constexpr(FP8_LARGEST)
+ROUTING_BLOCK = 8192 if INTERPRETED else 1024  # the interpreter pays by the program, not by the row
+ROWS_AT_ONCE = 128 if INTERPRETED else 32
+COLUMNS_AT_ONCE = 1024
+WARPS = 16  # one program fills a multiprocessor's share of loads in flight
+
+
+class SendOrder(NamedTuple):
+    """In which order this rank's rows leave.
+
+    experts: [T, K] int32 global ids. order: [T * K] int32 entries in sending order. entries: [1] int32, how many.
+    """
+
+    experts: Tensor
+    order: Tensor
+    entries: Tensor
 
 
 class Received(NamedTuple):
-    """Rows that a rank holds after dispatch; row ``r`` came from rank ``r // rows_per_source``.
+    """The routing of the rows that a rank has a slot for; row ``r`` is token ``r % max_tokens`` of rank
+    ``r // max_tokens``.
 
-    rows [R, H]; experts [R, K] int32 local ids, -1 for elsewhere; tokens [R] int32 indices at the source;
-    weights [R, K] float32; counts [world] int32 valid rows of each source. Rows past the counts are undefined.
+    experts: [R, K] int32 local ids, -1 for elsewhere or for no row. weights: [R, K] float32, undefined there.
     """
 
-    rows: Tensor
     experts: Tensor
-    tokens: Tensor
     weights: Tensor
-    counts: Tensor
+
+
+@triton.jit(do_not_specialize=["entries"])
+def _push_routing(
+    context, ticket, experts, weights, keys, entries,
+    NUM_LOCAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    block, peer = tl.program_id(0), tl.program_id(1)
+    world, rank = tl.load(context + WORLD), tl.load(context + RANK)
+    entry = block * BLOCK + tl.arange(0, BLOCK)
+    in_range = entry < entries
+    expert = tl.load(experts + entry, mask=in_range, other=-1)
+    if peer == 0:
+        wrong = (expert < -1) | (expert >= NUM_LOCAL_EXPERTS * world)
+        if tl.max(wrong.to(tl.int32)) > 0:
+            zero = tl.full((), 0, tl.int64)
+            seen = tl.max(tl.where(wrong, expert, -2147483648)).to(tl.int64)
+            fail(context, CODE_EXPERT_OUT_OF_RANGE, zero, zero, zero, NUM_LOCAL_EXPERTS * world, seen)
+        turn = (expert // NUM_LOCAL_EXPERTS - rank + world) % world
+        key = (expert % NUM_LOCAL_EXPERTS) * world + turn
+        tl.store(keys + entry, tl.where((expert >= 0) & ~wrong, key, -1).to(tl.int32), mask=in_range)
+    if is_alive(context):
+        source = slot_of(context, ticket) * world + rank
+        there = source * tl.load(context + MAX_TOKENS) * TOP_K + entry
+        tl.store(region(context, peer, DISPATCH_EXPERTS, tl.int32) + there, expert, mask=in_range)
+        weight = tl.load(weights + entry, mask=in_range)
+        tl.store(region(context, peer, DISPATCH_WEIGHTS, tl.float32) + there, weight, mask=in_range)
+        if block == 0:
+            tl.store(region(context, peer, DISPATCH_COUNTS, tl.int32) + source, entries // TOP_K)
 
 
 @triton.jit
-def _source_base(context, ticket, source):
-    """Index of the first row of ``source`` in this round's slot, in rows."""
-    return (slot_of(context, ticket) * tl.load(context + WORLD) + source) * tl.load(context + MAX_TOKENS)
-
-
-@triton.jit(do_not_specialize=["tokens"])
 def _push_rows(
-    context, ticket, rows, positions, tokens,
-    HIDDEN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+    context, ticket, rows, experts, order, entries,
+    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr, NUM_LOCAL_EXPERTS: tl.constexpr,
+    PLANE: tl.constexpr, FP8: tl.constexpr, PACED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
 ):  # fmt: skip
-    peer = tl.program_id(1)
-    token = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     if is_alive(context):
-        world = tl.load(context + WORLD)
-        position = tl.load(positions + token * world + peer, mask=token < tokens, other=-1)
-        wanted = position >= 0
-        target = region(context, peer, DISPATCH_ROWS, rows.dtype.element_ty)
-        row = _source_base(context, ticket, tl.load(context + RANK)) + position
-        for start in range(0, HIDDEN, BLOCK_HIDDEN):
-            column = start + tl.arange(0, BLOCK_HIDDEN)
-            mask = wanted[:, None] & (column < HIDDEN)[None, :]
-            values = tl.load(rows + token[:, None] * HIDDEN + column[None, :], mask=mask)
-            tl.store(target + row[:, None] * HIDDEN + column[None, :], values, mask=mask)
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _push_routing(
-    context, ticket, experts, weights, positions, counts, tokens,
-    NUM_LOCAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
-    peer = tl.program_id(1)
-    block = tl.program_id(0)
-    token = block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    if is_alive(context):
-        world = tl.load(context + WORLD)
         rank = tl.load(context + RANK)
-        position = tl.load(positions + token * world + peer, mask=token < tokens, other=-1)
-        wanted = position >= 0
-        row = _source_base(context, ticket, rank) + position
+        first_row = tl.load(ticket + TICKET_FIRST_ROW + PLANE) + rank * tl.load(context + MAX_TOKENS)
+        epoch = tl.load(ticket).to(tl.int32)
+        total = tl.load(entries)
         k = tl.arange(0, TOP_K_PADDED)
-        mask = wanted[:, None] & (k < TOP_K)[None, :]
-        at = token[:, None] * TOP_K + k[None, :]
-        expert = tl.load(experts + at, mask=mask, other=-1)
-        local = tl.where((expert >= 0) & (expert // NUM_LOCAL_EXPERTS == peer), expert % NUM_LOCAL_EXPERTS, -1)
-        there = row[:, None] * TOP_K + k[None, :]
-        tl.store(region(context, peer, DISPATCH_EXPERTS, tl.int32) + there, local, mask=mask)
-        weight = tl.load(weights + at, mask=mask)
-        tl.store(region(context, peer, DISPATCH_WEIGHTS, tl.float32) + there, weight, mask=mask)
-        tl.store(region(context, peer, DISPATCH_TOKENS, tl.int32) + row, token.to(tl.int32), mask=wanted)
-        if block == 0:
-            count = region(context, peer, DISPATCH_COUNTS, tl.int32) + slot_of(context, ticket) * world + rank
-            tl.store(count, tl.load(counts + peer))
+        element: tl.constexpr = tl.float8e4nv if FP8 else rows.dtype.element_ty
+        # A slot has room for wide rows; narrow ones start where those would, or the slots of two rounds would overlap.
+        NARROWING: tl.constexpr = rows.dtype.element_ty.primitive_bitwidth // element.primitive_bitwidth
+        SCALES: tl.constexpr = BLOCK_HIDDEN // _SCALE_COLUMNS
+        SCALES_PER_ROW: tl.constexpr = (HIDDEN + _SCALE_COLUMNS - 1) // _SCALE_COLUMNS
+        for start in range(tl.program_id(0) * BLOCK_ROWS, total, tl.num_programs(0) * BLOCK_ROWS):
+            place = start + tl.arange(0, BLOCK_ROWS)
+            in_range = place < total
+            entry = tl.load(order + place, mask=in_range, other=0)
+            token = (entry // TOP_K).to(tl.int64)
+            expert = tl.load(experts + entry, mask=in_range, other=0)
+            peer = expert // NUM_LOCAL_EXPERTS
+            # The token's first expert at a rank sends the row; its others there find it.
+            mask = in_range[:, None] & (k < TOP_K)[None, :]
+            other = tl.load(experts + token[:, None] * TOP_K + k[None, :], mask=mask, other=-1)
+            at_peer = (other >= 0) & (other // NUM_LOCAL_EXPERTS == peer[:, None])
+            leads = in_range & (tl.min(tl.where(at_peer, other, 2147483647), axis=1) == expert)
+            row = first_row + token
+            target = row_pointers(context, peer, DISPATCH_ROWS, row, HIDDEN * NARROWING, element)
+            for column_start in range(0, HIDDEN, BLOCK_HIDDEN):
+                column = column_start + tl.arange(0, BLOCK_HIDDEN)
+                mask = leads[:, None] & (column < HIDDEN)[None, :]
+                values = tl.load(rows + token[:, None] * HIDDEN + column[None, :], mask=mask, other=0.0)
+                if FP8:
+                    groups = tl.reshape(values.to(tl.float32), [BLOCK_ROWS, SCALES, _SCALE_COLUMNS])
+                    scale = tl.maximum(tl.max(tl.abs(groups), axis=2) / _FP8_LARGEST, 1e-30)
+                    values = tl.reshape(groups / scale[:, :, None], [BLOCK_ROWS, BLOCK_HIDDEN])
+                    group = column_start // _SCALE_COLUMNS + tl.arange(0, SCALES)
+                    scales = row_pointers(context, peer, DISPATCH_SCALES, row, SCALES_PER_ROW, tl.float32)
+                    scale_mask = leads[:, None] & (group < SCALES_PER_ROW)[None, :]
+                    tl.store(scales[:, None] + group[None, :], scale, mask=scale_mask)
+                tl.store(target[:, None] + column[None, :], values.to(element), mask=mask)
+            if PACED:
+                sent = tl.sum((leads & (peer != rank)).to(tl.int32))
+                pace(context, sent * (HIDDEN * element.primitive_bitwidth // 8))
+            # All warps' stores come before the flags: the barrier orders them within the program, the release beyond.
+            tl.debug_barrier()
+            flags = (tl.load(context + PEERS + peer) + tl.load(context + ROW_ARRIVAL)).to(tl.pointer_type(tl.int32))
+            tl.atomic_xchg(flags + row, tl.zeros_like(entry) + epoch, mask=leads, sem="release", scope="sys")
 
 
-@triton.jit(do_not_specialize=["rows_per_source"])
-def _copy_rows(
-    context, ticket, counts, rows, rows_per_source,
-    HIDDEN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+@triton.jit(do_not_specialize=["entries", "block_entries"])
+def _take_routing(
+    context, ticket, experts, weights, block_counts, entries, block_entries,
+    NUM_EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, TOP_K: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    source = tl.program_id(1)
-    position = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    arrived = position < tl.load(counts + source)
-    taken = _source_base(context, ticket, source) + position
-    kept = source.to(tl.int64) * rows_per_source + position
-    slot_rows = own_region(context, DISPATCH_ROWS, rows.dtype.element_ty)
-    for start in range(0, HIDDEN, BLOCK_HIDDEN):
-        column = start + tl.arange(0, BLOCK_HIDDEN)
-        mask = arrived[:, None] & (column < HIDDEN)[None, :]
-        values = tl.load(slot_rows + taken[:, None] * HIDDEN + column[None, :], mask=mask)
-        # What did not arrive must not pass for a gradient.
-        values = tl.where(is_alive(context), values, float("nan")).to(rows.dtype.element_ty)
-        tl.store(rows + kept[:, None] * HIDDEN + column[None, :], values, mask=mask)
-
-
-@triton.jit(do_not_specialize=["rows_per_source"])
-def _copy_routing(
-    context, ticket, counts, experts, tokens, weights, rows_per_source,
-    TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
-    source = tl.program_id(1)
     block = tl.program_id(0)
-    position = block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    slot_count = own_region(context, DISPATCH_COUNTS, tl.int32) + slot_of(context, ticket) * tl.load(context + WORLD)
-    count = tl.where(is_alive(context), tl.load(slot_count + source), 0)
-    if block == 0:
-        tl.store(counts + source, count)
-    arrived = position < count
-    taken = _source_base(context, ticket, source) + position
-    kept = source.to(tl.int64) * rows_per_source + position
-    tl.store(tokens + kept, tl.load(own_region(context, DISPATCH_TOKENS, tl.int32) + taken, mask=arrived), mask=arrived)
-    k = tl.arange(0, TOP_K_PADDED)
-    mask = arrived[:, None] & (k < TOP_K)[None, :]
-    there = taken[:, None] * TOP_K + k[None, :]
-    here = kept[:, None] * TOP_K + k[None, :]
-    tl.store(experts + here, tl.load(own_region(context, DISPATCH_EXPERTS, tl.int32) + there, mask=mask), mask=mask)
-    tl.store(weights + here, tl.load(own_region(context, DISPATCH_WEIGHTS, tl.float32) + there, mask=mask), mask=mask)
+    first = block * block_entries
+    end = tl.minimum(first + block_entries, entries)
+    max_tokens, rank = tl.load(context + MAX_TOKENS), tl.load(context + RANK)
+    slot = slot_of(context, ticket)
+    arrived = own_region(context, DISPATCH_COUNTS, tl.int32) + slot * tl.load(context + WORLD)
+    slot_experts = own_region(context, DISPATCH_EXPERTS, tl.int32) + slot * entries
+    slot_weights = own_region(context, DISPATCH_WEIGHTS, tl.float32) + slot * entries
+    # A failed round computes nothing: its routing may be anything.
+    alive = is_alive(context)
+    counts = tl.zeros((EXPERTS_PADDED,), tl.int32)
+    for start in range(first, end, CHUNK):
+        entry = start + tl.arange(0, CHUNK)
+        in_range = entry < end
+        row = entry // TOP_K
+        tokens = tl.load(arrived + row // max_tokens, mask=in_range, other=0)
+        exists = in_range & (row % max_tokens < tl.where(alive, tokens, 0))
+        expert = tl.load(slot_experts + entry, mask=exists, other=-1) - rank * NUM_EXPERTS
+        here = exists & (expert >= 0) & (expert < NUM_EXPERTS)
+        expert = tl.where(here, expert, -1).to(tl.int32)
+        tl.store(experts + entry, expert, mask=in_range)
+        tl.store(weights + entry, tl.load(slot_weights + entry, mask=here), mask=here)
+        counts += tl.histogram(tl.maximum(expert, 0), EXPERTS_PADDED, mask=here)
+    expert = tl.arange(0, EXPERTS_PADDED)
+    tl.store(block_counts + block * NUM_EXPERTS + expert, counts, mask=expert < NUM_EXPERTS)
 
 
-def send_rows(context: Tensor, ticket: Tensor, rows: Tensor, positions: Tensor) -> None:
-    """Store rows [T, H] at the ranks that ``positions`` [T, world] names; the slot must be free."""
-    tokens, hidden = rows.shape
-    world = positions.shape[1]
-    grid = (max(triton.cdiv(tokens, BLOCK_ROWS), 1), world)
-    _push_rows[grid](
-        context, ticket, rows, positions, tokens, HIDDEN=hidden, BLOCK_ROWS=BLOCK_ROWS, BLOCK_HIDDEN=BLOCK_HIDDEN
-    )
+@triton.jit
+def _keep_rows(
+    context, ticket, kept,
+    HIDDEN: tl.constexpr, PLANE: tl.constexpr, FP8: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+):  # fmt: skip
+    rank = tl.load(context + RANK)
+    rows = tl.load(context + WORLD) * tl.load(context + MAX_TOKENS)
+    first_row = tl.load(ticket + TICKET_FIRST_ROW + PLANE)
+    epoch = tl.load(ticket).to(tl.int32)
+    element: tl.constexpr = tl.float8e4nv if FP8 else kept.dtype.element_ty
+    NARROWING: tl.constexpr = kept.dtype.element_ty.primitive_bitwidth // element.primitive_bitwidth
+    SCALES_PER_ROW: tl.constexpr = (HIDDEN + _SCALE_COLUMNS - 1) // _SCALE_COLUMNS
+    flags = own_region(context, ROW_ARRIVAL, tl.int32)
+    for start in range(tl.program_id(0) * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS).to(tl.int64)
+        taken = first_row + row
+        arrived = (row < rows) & (tl.load(flags + taken, mask=row < rows, other=0) == epoch)
+        source = row_pointers(context, rank, DISPATCH_ROWS, taken, HIDDEN * NARROWING, element)
+        for column_start in range(0, HIDDEN, BLOCK_HIDDEN):
+            column = column_start + tl.arange(0, BLOCK_HIDDEN)
+            mask = arrived[:, None] & (column < HIDDEN)[None, :]
+            values = tl.load(source[:, None] + column[None, :], mask=mask)
+            if FP8:
+                scales = row_pointers(context, rank, DISPATCH_SCALES, taken, SCALES_PER_ROW, tl.float32)
+                scale = tl.load(scales[:, None] + (column // _SCALE_COLUMNS)[None, :], mask=mask)
+                values = (values.to(tl.float32) * scale).to(kept.dtype.element_ty)
+            tl.store(kept + row[:, None] * HIDDEN + column[None, :], values, mask=mask)
 
 
-def dispatch_send(
-    context: Tensor,
-    ticket: Tensor,
-    rows: Tensor,
-    experts: Tensor,
-    weights: Tensor,
-    positions: Tensor,
-    counts: Tensor,
-    num_local_experts: int,
-) -> None:
-    """Send rows [T, H] with their routing (experts [T, K] int32, weights [T, K] float32) and announce them."""
-    tokens, top_k = experts.shape
-    world = counts.shape[0]
+@triton.jit(do_not_specialize=["rows"])
+def _poison(context, wide, narrow, rows, INTERMEDIATE: tl.constexpr, BLOCK: tl.constexpr):
+    if not is_alive(context):
+        nan = tl.full((BLOCK,), float("nan"), wide.dtype.element_ty)
+        for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+            for start in range(0, 2 * INTERMEDIATE, BLOCK):
+                column = start + tl.arange(0, BLOCK)
+                first = (tl.zeros((), tl.int64) + row) * INTERMEDIATE
+                tl.store(wide + 2 * first + column, nan, mask=column < 2 * INTERMEDIATE)
+                tl.store(narrow + first + column, nan, mask=column < INTERMEDIATE)
+
+
+def wait_to_send(context: Tensor, ticket: Tensor, world: int) -> None:
+    """Wait until every reader has released the dispatch slot that this round fills."""
     wait_credit(context, ticket, world, DISPATCH_CREDIT)
-    send_rows(context, ticket, rows, positions)
-    _push_routing[(max(triton.cdiv(tokens, BLOCK_ROWS), 1), world)](
-        context, ticket, experts, weights, positions, counts, tokens,
-        NUM_LOCAL_EXPERTS=num_local_experts, TOP_K=top_k, TOP_K_PADDED=padded(top_k), BLOCK_ROWS=BLOCK_ROWS,
+
+
+def send_routing(
+    context: Tensor, ticket: Tensor, experts: Tensor, weights: Tensor, world: int, num_local_experts: int
+) -> SendOrder:
+    """Give every rank the routing of this rank's tokens, and find the order in which their rows leave.
+
+    experts: [T, K] int32 global ids, -1 for not routed; an id out of range fails the context. weights: [T, K] float32.
+    """
+    keys = torch.empty_like(experts)
+    entries = experts.numel()
+    _push_routing[(max(triton.cdiv(entries, ROUTING_BLOCK), 1), world)](
+        context, ticket, experts, weights, keys, entries,
+        NUM_LOCAL_EXPERTS=num_local_experts, TOP_K=experts.shape[1], BLOCK=ROUTING_BLOCK,
     )  # fmt: skip
-    announce(context, ticket, world, DISPATCH_ARRIVAL)
+    announce(context, ticket, world, ROUTING_ARRIVAL)
+    where = local_layout(keys, world * num_local_experts, tile_rows=1024, one_variant=True)
+    return SendOrder(experts, where.order, where.offsets[-1:])
 
 
-def dispatch_receive(
-    context: Tensor, ticket: Tensor, world: int, rows_per_source: int, hidden: int, top_k: int, dtype: torch.dtype
-) -> Received:
-    """Wait for every source and take its rows out of the slot."""
+def send_rows(
+    context: Tensor, ticket: Tensor, rows: Tensor, send: SendOrder, world: int, num_local_experts: int,
+    *, programs: int, plane: int = 0, fp8: bool = False, paced: bool = False,
+) -> None:  # fmt: skip
+    """Store rows [T, H] at the ranks of their experts and announce them; the slot must be free.
+
+    programs: of 16 warps each, what the dispatch may take of the GPU. plane: which of a token's rows in this round.
+    """
+    hidden, top_k = rows.shape[1], send.experts.shape[1]
+    _push_rows[(programs,)](
+        context, ticket, rows, *send,
+        HIDDEN=hidden, TOP_K=top_k, TOP_K_PADDED=padded(top_k), NUM_LOCAL_EXPERTS=num_local_experts,
+        PLANE=plane, FP8=fp8, PACED=paced, BLOCK_ROWS=ROWS_AT_ONCE, BLOCK_HIDDEN=_columns_at_once(hidden),
+        num_warps=WARPS,
+    )  # fmt: skip
+    announce(context, ticket, world, ROWS_ARRIVAL, plane)
+
+
+def receive_routing(
+    context: Tensor, ticket: Tensor, world: int, max_tokens: int, top_k: int, num_local_experts: int, capacity: int,
+    tile_rows: int,
+) -> tuple[Received, Layout]:  # fmt: skip
+    """Wait for the routing of every rank, take it out of the slot and sort the entries of this rank's experts.
+
+    capacity: entries at most; more fail the context.
+    """
     device = context.device
-    total = world * rows_per_source
-    received = Received(
-        rows=torch.empty(total, hidden, dtype=dtype, device=device),
-        experts=torch.empty(total, top_k, dtype=torch.int32, device=device),
-        tokens=torch.empty(total, dtype=torch.int32, device=device),
-        weights=torch.empty(total, top_k, dtype=torch.float32, device=device),
-        counts=torch.empty(world, dtype=torch.int32, device=device),
-    )
-    wait_arrival(context, ticket, world, DISPATCH_ARRIVAL)
-    grid = (max(triton.cdiv(rows_per_source, BLOCK_ROWS), 1), world)
-    _copy_routing[grid](
-        context, ticket, received.counts, received.experts, received.tokens, received.weights, rows_per_source,
-        TOP_K=top_k, TOP_K_PADDED=padded(top_k), BLOCK_ROWS=BLOCK_ROWS,
+    experts = torch.empty(world * max_tokens, top_k, dtype=torch.int32, device=device)
+    weights = torch.empty(world * max_tokens, top_k, dtype=torch.float32, device=device)
+    block_entries = block_entries_of(experts.numel())
+    block_counts = new_block_counts(experts, block_entries, num_local_experts)
+    wait_arrival(context, ticket, world, ROUTING_ARRIVAL)
+    _take_routing[(block_counts.shape[0],)](
+        context, ticket, experts, weights, block_counts, experts.numel(), block_entries,
+        **entry_sizes(num_local_experts), TOP_K=top_k, CHUNK=LARGEST_CHUNK, num_warps=8,
     )  # fmt: skip
-    _take_rows(context, ticket, received.counts, received.rows, rows_per_source)
-    return received
+    layout = sort_received(context, experts, block_counts, block_entries, capacity, tile_rows)
+    return Received(experts, weights), layout
 
 
-def gradient_send(context: Tensor, ticket: Tensor, rows: Tensor, positions: Tensor) -> None:
-    """Send gradients [T, H] along the layout of the forward pass."""
-    world = positions.shape[1]
-    wait_credit(context, ticket, world, DISPATCH_CREDIT)
-    send_rows(context, ticket, rows, positions)
-    announce(context, ticket, world, DISPATCH_ARRIVAL)
+def wait_rows(context: Tensor, ticket: Tensor, world: int, plane: int = 0) -> None:
+    """Wait until all rows of this round are in the slot."""
+    wait_arrival(context, ticket, world, ROWS_ARRIVAL, plane)
 
 
-def gradient_receive(context: Tensor, ticket: Tensor, counts: Tensor, rows_per_source: int, like: Tensor) -> Tensor:
-    """Wait for the gradients of the rows ``like`` [R, H], in the same order."""
-    rows = torch.empty_like(like)
-    wait_arrival(context, ticket, counts.shape[0], DISPATCH_ARRIVAL)
-    _take_rows(context, ticket, counts, rows, rows_per_source)
-    return rows
-
-
-def _take_rows(context: Tensor, ticket: Tensor, counts: Tensor, rows: Tensor, rows_per_source: int) -> None:
-    world = counts.shape[0]
-    grid = (max(triton.cdiv(rows_per_source, BLOCK_ROWS), 1), world)
-    _copy_rows[grid](
-        context, ticket, counts, rows, rows_per_source,
-        HIDDEN=rows.shape[1], BLOCK_ROWS=BLOCK_ROWS, BLOCK_HIDDEN=BLOCK_HIDDEN,
+def keep_rows(context: Tensor, ticket: Tensor, kept: Tensor, *, programs: int, fp8: bool = False) -> None:
+    """Copy the rows of the slot into ``kept`` [R, H], after ``wait_rows``; rows that did not come are left alone."""
+    hidden = kept.shape[1]
+    _keep_rows[(programs,)](
+        context, ticket, kept, HIDDEN=hidden, PLANE=0, FP8=fp8,
+        BLOCK_ROWS=ROWS_AT_ONCE, BLOCK_HIDDEN=_columns_at_once(hidden), num_warps=WARPS,
     )  # fmt: skip
+
+
+def release(context: Tensor, ticket: Tensor, world: int) -> None:
+    """Give the dispatch slot of this round back to its writers."""
     announce(context, ticket, world, DISPATCH_CREDIT)
+
+
+def poison_if_failed(context: Tensor, gate_up_gradient: Tensor, weighted_activation: Tensor) -> None:
+    """Fill [C, 2I] and [C, I] with NaN in a failed context: what did not arrive must not pass for a gradient."""
+    rows, intermediate = weighted_activation.shape
+    _poison[(8 if INTERPRETED else 128,)](
+        context, gate_up_gradient, weighted_activation, rows, INTERMEDIATE=intermediate, BLOCK=1024, num_warps=4
+    )
+
+
+def _columns_at_once(hidden: int) -> int:
+    return max(min(padded(hidden), COLUMNS_AT_ONCE), SCALE_COLUMNS)

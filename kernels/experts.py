@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import hopper, hopper_forward
 from .layout import Layout
+from .protocol import TICKET_FIRST_ROW, SlotRows
 from .tiles import choose_tile, locate_tile, precision
 
 
@@ -37,7 +38,7 @@ def multiply_rows(
 
 @triton.jit
 def _up_swiglu(
-    rows, order, tiles, tile_count, w13, gate_up, activated,
+    rows, ticket, order, tiles, tile_count, w13, gate_up, activated,
     HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, TOP_K: tl.constexpr, KEEP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -48,6 +49,8 @@ def _up_swiglu(
         row = at.to(tl.int64)
         if TOP_K > 0:
             row = (tl.load(order + at, mask=in_range, other=0) // TOP_K).to(tl.int64)
+        if ticket is not None:
+            row += tl.load(ticket + TICKET_FIRST_ROW)
         column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
         column_valid = column < INTERMEDIATE
         weight = w13 + expert * (2 * INTERMEDIATE * HIDDEN) + column.to(tl.int64)[None, :] * HIDDEN
@@ -99,25 +102,37 @@ def _project(
 
 
 def up_swiglu(
-    rows: Tensor, layout: Layout, top_k: int | None, w13: Tensor, keep_gate_up: bool
+    rows: Tensor,
+    layout: Layout,
+    top_k: int | None,
+    w13: Tensor,
+    keep_gate_up: bool,
+    slot: SlotRows | None = None,
+    programs: int | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Up-projection with SwiGLU in the epilogue.
 
     rows: [R, H], gathered by ``layout.order``; or [C, H] in sorted order where ``top_k`` is None.
     w13: [E, 2I, H], gate rows, then up rows.
+    slot: where the rows arrive in a dispatch slot of the region ``rows`` [., H]. Hopper's kernel starts each tile once
+        its own rows are there; otherwise all rows are waited for.
+    programs: what Hopper's kernel may take of the GPU, one a multiprocessor; by default all.
     Returns the pre-activations [C, 2I] (for backward; None unless ``keep_gate_up``) and silu(gate) * up [C, I], sorted
     by expert, in the dtype of the rows. Places past the last entry are undefined.
     """
     _, twice_intermediate, hidden = w13.shape
     intermediate = twice_intermediate // 2
     if hopper.usable(rows, layout.tile_rows, hidden, intermediate):
-        return hopper_forward.up_swiglu(rows, layout, top_k, w13, keep_gate_up)
+        return hopper_forward.up_swiglu(rows, layout, top_k, w13, keep_gate_up, slot, programs)
+    if slot is not None:
+        slot.wait()
     capacity = layout.order.shape[0]
     gate_up = rows.new_empty(capacity, twice_intermediate) if keep_gate_up else None
     activated = rows.new_empty(capacity, intermediate)
     tile = choose_tile(layout.tile_rows, rows.dtype)
     _up_swiglu[(layout.tiles.shape[0], triton.cdiv(intermediate, tile.columns))](
-        rows, layout.order, layout.tiles, layout.tile_count, w13, gate_up, activated,
+        rows, None if slot is None else slot.ticket, layout.order, layout.tiles, layout.tile_count, w13, gate_up,
+        activated,
         HIDDEN=hidden, INTERMEDIATE=intermediate, TOP_K=top_k or 0, KEEP=keep_gate_up,
         BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth, PRECISION=precision(rows.dtype),
         **tile.launch,
@@ -125,14 +140,14 @@ def up_swiglu(
     return gate_up, activated
 
 
-def project(inputs: Tensor, layout: Layout, weight: Tensor, column_dim: int) -> Tensor:
+def project(inputs: Tensor, layout: Layout, weight: Tensor, column_dim: int, programs: int | None = None) -> Tensor:
     """Multiply sorted inputs [C, D] by each expert's matrix: [C, N], sorted.
 
     weight: [E, N, D] with ``column_dim`` 1, or [E, D, N] with ``column_dim`` 2, contiguous.
     """
     columns, depth = weight.shape[column_dim], weight.shape[3 - column_dim]
     if hopper.usable(inputs, layout.tile_rows, columns, depth):
-        return hopper_forward.project(inputs, layout, weight, column_dim)
+        return hopper_forward.project(inputs, layout, weight, column_dim, programs)
     result = inputs.new_empty(inputs.shape[0], columns)
     tile = choose_tile(layout.tile_rows, inputs.dtype)
     _project[(layout.tiles.shape[0], triton.cdiv(columns, tile.columns))](

@@ -17,12 +17,13 @@ from . import hopper, hopper_down_gradient, hopper_weight_gradient
 from .experts import multiply_rows
 from .layout import Layout
 from .machine import INTERPRETED
+from .protocol import TICKET_FIRST_ROW, SlotRows
 from .tiles import Tile, choose_tile, locate_tile, precision
 
 
 @triton.jit
 def _down_gradient_swiglu(
-    output_gradient, weights, order, tiles, tile_count, w2, gate_up,
+    output_gradient, ticket, weights, order, tiles, tile_count, w2, gate_up,
     gate_up_gradient, weighted_activation, weight_gradient_parts,
     HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, TOP_K: tl.constexpr, COLUMN_TILES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, PRECISION: tl.constexpr,
@@ -33,6 +34,8 @@ def _down_gradient_swiglu(
         in_range = at < end
         entry = tl.load(order + at, mask=in_range, other=0)
         row = (entry // TOP_K).to(tl.int64)
+        if ticket is not None:
+            row += tl.load(ticket + TICKET_FIRST_ROW)
         column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
         column_valid = column < INTERMEDIATE
         through_down = multiply_rows(
@@ -59,13 +62,16 @@ def _down_gradient_swiglu(
 
 @triton.jit
 def _weight_gradient(
-    left, right, order, offsets, result,
+    left, right, ticket, order, offsets, result,
     LEFT_SIZE: tl.constexpr, RIGHT_SIZE: tl.constexpr, TOP_K: tl.constexpr,
-    GATHER_LEFT: tl.constexpr, ACCUMULATE: tl.constexpr,
+    GATHER_LEFT: tl.constexpr, ACCUMULATE: tl.constexpr, PLANE: tl.constexpr,
     BLOCK_LEFT: tl.constexpr, BLOCK_RIGHT: tl.constexpr, BLOCK_DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(2)
     start, end = tl.load(offsets + expert), tl.load(offsets + expert + 1)
+    first_row = tl.zeros((), tl.int64)
+    if ticket is not None:
+        first_row += tl.load(ticket + TICKET_FIRST_ROW + PLANE)
     left_column = tl.program_id(0) * BLOCK_LEFT + tl.arange(0, BLOCK_LEFT)
     right_column = tl.program_id(1) * BLOCK_RIGHT + tl.arange(0, BLOCK_RIGHT)
     left_valid, right_valid = left_column < LEFT_SIZE, right_column < RIGHT_SIZE
@@ -73,7 +79,7 @@ def _weight_gradient(
     for step in range(start, end, BLOCK_DEPTH):
         at = step + tl.arange(0, BLOCK_DEPTH)
         valid = at < end
-        gathered = (tl.load(order + at, mask=valid, other=0) // TOP_K).to(tl.int64)
+        gathered = first_row + tl.load(order + at, mask=valid, other=0) // TOP_K
         sorted_row = at.to(tl.int64)
         left_row = gathered if GATHER_LEFT else sorted_row
         right_row = sorted_row if GATHER_LEFT else gathered
@@ -101,25 +107,34 @@ def down_gradient_tile(rows: int, dtype: torch.dtype) -> Tile:
 
 
 def down_gradient_swiglu(
-    output_gradient: Tensor, weights: Tensor, layout: Layout, w2: Tensor, gate_up: Tensor
+    output_gradient: Tensor,
+    weights: Tensor,
+    layout: Layout,
+    w2: Tensor,
+    gate_up: Tensor,
+    slot: SlotRows | None = None,
+    programs: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient through the down-projection and SwiGLU.
 
     output_gradient: [R, H], by row of the forward pass; weights: [R, K] float32; w2: [E, H, I]; gate_up: [C, 2I].
+    slot, programs: as for ``experts.up_swiglu``, for ``output_gradient``.
     Returns the gradient of gate_up [C, 2I], the activation times its router weight [C, I] (for the gradient of w2),
     and the parts [C, P] float32 whose sum over P is the gradient of the entry's router weight.
     """
     _, hidden, intermediate = w2.shape
     if hopper.usable(output_gradient, layout.tile_rows, hidden, intermediate):
-        return hopper_down_gradient.down_gradient_swiglu(output_gradient, weights, layout, w2, gate_up)
+        return hopper_down_gradient.down_gradient_swiglu(output_gradient, weights, layout, w2, gate_up, slot, programs)
+    if slot is not None:
+        slot.wait()
     tile = down_gradient_tile(layout.tile_rows, gate_up.dtype)
     column_tiles = triton.cdiv(intermediate, tile.columns)
     gate_up_gradient = torch.empty_like(gate_up)
     weighted_activation = gate_up.new_empty(gate_up.shape[0], intermediate)
     parts = torch.empty(gate_up.shape[0], column_tiles, dtype=torch.float32, device=gate_up.device)
     _down_gradient_swiglu[(layout.tiles.shape[0], column_tiles)](
-        output_gradient, weights, layout.order, layout.tiles, layout.tile_count, w2, gate_up,
-        gate_up_gradient, weighted_activation, parts,
+        output_gradient, None if slot is None else slot.ticket, weights, layout.order, layout.tiles, layout.tile_count,
+        w2, gate_up, gate_up_gradient, weighted_activation, parts,
         HIDDEN=hidden, INTERMEDIATE=intermediate, TOP_K=weights.shape[1], COLUMN_TILES=column_tiles,
         BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth, PRECISION=precision(gate_up.dtype),
         **tile.launch,
@@ -134,26 +149,29 @@ def weight_gradient(
     top_k: int,
     gather_left: bool,
     accumulate_into: Tensor | None = None,
+    slot: SlotRows | None = None,
+    programs: int | None = None,
 ) -> Tensor:
     """Sum of outer products of left [., M] and right [., N] over the entries of each expert: [E, M, N].
 
     One of the two is sorted by expert, the other (left if ``gather_left``) is indexed by row.
     An expert without entries gets zeros. With ``accumulate_into`` [E, M, N], of any floating dtype, the sum is added to
-    it and it is returned.
+    it and it is returned. slot: where the rows indexed by row lie in a dispatch slot, in which all have arrived.
+    programs: as for ``experts.up_swiglu``.
     """
     experts = layout.offsets.shape[0] - 1
     left_size, right_size = left.shape[1], right.shape[1]
     gathered, ordered = (left, right) if gather_left else (right, left)
     if hopper.usable(gathered, layout.tile_rows, left_size, right_size) and hopper.has_margin(ordered):
         return hopper_weight_gradient.weight_gradient(
-            gathered, ordered, layout, top_k, not gather_left, accumulate_into
+            gathered, ordered, layout, top_k, not gather_left, accumulate_into, slot, programs
         )
     result = left.new_empty(experts, left_size, right_size) if accumulate_into is None else accumulate_into
     tile = choose_tile(64, left.dtype)
     _weight_gradient[(triton.cdiv(left_size, tile.rows), triton.cdiv(right_size, tile.columns), experts)](
-        left, right, layout.order, layout.offsets, result,
+        left, right, None if slot is None else slot.ticket, layout.order, layout.offsets, result,
         LEFT_SIZE=left_size, RIGHT_SIZE=right_size, TOP_K=top_k,
-        GATHER_LEFT=gather_left, ACCUMULATE=accumulate_into is not None,
+        GATHER_LEFT=gather_left, ACCUMULATE=accumulate_into is not None, PLANE=0 if slot is None else slot.plane,
         BLOCK_LEFT=tile.rows, BLOCK_RIGHT=tile.columns, BLOCK_DEPTH=tile.depth, PRECISION=precision(left.dtype),
         **tile.launch,
     )  # fmt: skip

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .machine import INTERPRETED, padded
+from .protocol import TICKET_FIRST_ROW, SlotRows
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -52,24 +53,33 @@ def _sum_parts(
 
 @triton.jit
 def _gather_rows(
-    rows, order, entries, result, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, BLOCK_HIDDEN: tl.constexpr
+    rows, ticket, order, entries, result,
+    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, PLANE: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64)
     if place < tl.load(entries):
         row = (tl.load(order + place) // TOP_K).to(tl.int64)
+        if ticket is not None:
+            row += tl.load(ticket + TICKET_FIRST_ROW + PLANE)
         column = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
         mask = column < HIDDEN
         tl.store(result + place * HIDDEN + column, tl.load(rows + row * HIDDEN + column, mask=mask), mask=mask)
 
 
-def gather_rows(rows: Tensor, order: Tensor, offsets: Tensor, top_k: int) -> Tensor:
-    """Rows [R, H] of all entries in sorted order: [C, H], undefined past the last entry. See ``Layout``."""
+def gather_rows(rows: Tensor, order: Tensor, offsets: Tensor, top_k: int, slot: SlotRows | None = None) -> Tensor:
+    """Rows [R, H] of all entries in sorted order: [C, H], undefined past the last entry. See ``Layout``.
+
+    slot: where the rows lie in a dispatch slot of the region ``rows`` [., H]; they are waited for.
+    """
+    if slot is not None:
+        slot.wait()
     hidden = rows.shape[1]
     result = rows.new_empty(order.shape[0], hidden)
     block_hidden = min(padded(hidden), 2048)
     _gather_rows[(order.shape[0], triton.cdiv(hidden, block_hidden))](
-        rows, order, offsets[-1:], result, HIDDEN=hidden, TOP_K=top_k, BLOCK_HIDDEN=block_hidden, num_warps=4
-    )
+        rows, None if slot is None else slot.ticket, order, offsets[-1:], result,
+        HIDDEN=hidden, TOP_K=top_k, PLANE=0 if slot is None else slot.plane, BLOCK_HIDDEN=block_hidden, num_warps=4,
+    )  # fmt: skip
     return result
 
 

@@ -16,7 +16,10 @@ import torch
 import triton
 from torch import Tensor
 
+from . import protocol
+from .layout import Layout
 from .machine import INTERPRETED
+from .protocol import SlotRows
 
 try:
     from triton.experimental import gluon
@@ -74,6 +77,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def slot_arguments(slot: SlotRows | None, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Context and ticket of a kernel that gathers; any tensors where its rows lie in no slot."""
+    return (layout.order, layout.order) if slot is None else (slot.context, slot.ticket)
+
+
 def new_rows(like: Tensor, rows: int, columns: int) -> Tensor:
     """An empty [rows, columns] with 64 rows before it: the base from which ``clipped`` counts."""
     return like.new_empty(HALF + rows, columns)[HALF:]
@@ -93,6 +101,10 @@ if HAS_GLUON:
     EPILOGUE = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [2, 1], [1, 0]))
     _TILE_ROWS, _TILE_COLUMNS, _DEPTH = gl.constexpr(TILE_ROWS), gl.constexpr(TILE_COLUMNS), gl.constexpr(DEPTH)
     _HALF, _CHUNK = gl.constexpr(HALF), gl.constexpr(CHUNK)
+    _RANK, _PEERS = gl.constexpr(protocol.RANK.value), gl.constexpr(protocol.PEERS.value)
+    _ROW_ARRIVAL, _EXPIRED = gl.constexpr(protocol.ROW_ARRIVAL.value), gl.constexpr(protocol.EXPIRED.value)
+    _TIMEOUT = gl.constexpr(protocol.TIMEOUT_NANOSECONDS.value)
+    _TICKET_FIRST_ROW = gl.constexpr(protocol.TICKET_FIRST_ROW.value)
     # Concurrent programs take up to 16 row tiles of an expert times few column tiles, so that both operands stay in L2.
     _GROUP = gl.constexpr(16)
 
@@ -153,29 +165,67 @@ if HAS_GLUON:
         return expert, start, column_tile, entry
 
     @gluon.jit
+    def await_rows(context, ticket, row, deadline):
+        """Spin until the row flag of each row is the round's epoch, or the deadline is past: it is noted then.
+
+        Every thread waits for the rows that it copies itself, so its acquire is all the order that the copies need.
+        """
+        base = gl.load(context + _PEERS + gl.load(context + _RANK)) + gl.load(context + _ROW_ARRIVAL)
+        expired = (context + _EXPIRED).to(gl.int64)
+        epoch = gl.load(ticket).to(gl.int32)
+        return gl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            .reg .b64 now;
+            again:
+            ld.acquire.sys.global.b32 $0, [$1];
+            setp.eq.s32 p, $0, $2;
+            @p bra done;
+            mov.u64 now, %globaltimer;
+            setp.lt.s64 p, now, $3;
+            @p bra again;
+            st.relaxed.sys.global.b64 [$4], 1;
+            done:
+            }""",
+            "=r,l,r,l,l", [base + row * 4, epoch, deadline, expired], dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+    @gluon.jit
     def load_tiles(
-        rows, rows_desc, order, tiles, tile_count, weight_desc, a_stages, b_stages, full, empty,
+        context, ticket, rows, rows_desc, order, tiles, tile_count, weight_desc, a_stages, b_stages, full, empty,
         DEPTH_SIZE: gl.constexpr, COLUMNS: gl.constexpr, COLUMN_TILES: gl.constexpr,
-        TOP_K: gl.constexpr, PAIRED: gl.constexpr, TRANSPOSED: gl.constexpr, STAGES: gl.constexpr,
+        TOP_K: gl.constexpr, PAIRED: gl.constexpr, TRANSPOSED: gl.constexpr, IN_SLOT: gl.constexpr,
+        AWAITED: gl.constexpr, STAGES: gl.constexpr,
     ):  # fmt: skip
         """The loader: rows (gathered by ``order`` unless TOP_K is 0) and weights of each tile, step by step.
 
         PAIRED: gate and up columns share the tile, half and half. TRANSPOSED: the weight is [E, depth, columns].
+        IN_SLOT: gathered rows lie in the dispatch slot of ``ticket``. AWAITED: they may not be there yet.
         """
         total = gl.load(tile_count) * COLUMN_TILES
         stage = 0
         phase = 1
         STEP: gl.constexpr = _TILE_COLUMNS // 2 if PAIRED else _TILE_COLUMNS
         BYTES: gl.constexpr = (_TILE_COLUMNS + (0 if TOP_K > 0 else _TILE_ROWS)) * _DEPTH * 2
+        if AWAITED:
+            now = gl.inline_asm_elementwise(
+                "mov.u64 $0, %globaltimer;", "=l", [], dtype=gl.int64, is_pure=False, pack=1
+            )
+            deadline = now + gl.load(context + _TIMEOUT)
         tile = gl.program_id(0)
         expert, start, column_tile, entry = _place_and_gather(order, tiles, tile, total, COLUMN_TILES, TOP_K)
         while tile < total:
             if TOP_K > 0:
                 depth = gl.arange(0, _DEPTH, gl.SliceLayout(0, GATHER))
+                row = (entry // TOP_K).to(gl.int64)
+                if IN_SLOT:
+                    row += gl.load(ticket + _TICKET_FIRST_ROW)
+                if AWAITED:
+                    await_rows(context, ticket, row, deadline)
                 # Opaque offsets stay whole: otherwise LLVM keeps the lane's part apart and adds it anew to every
                 # pointer in every step, twice the loader's instructions.
                 offsets = gl.inline_asm_elementwise(
-                    "mov.b64 $0, $1;", "=l,l", [(entry // TOP_K).to(gl.int64)[:, None] * DEPTH_SIZE + depth[None, :]],
+                    "mov.b64 $0, $1;", "=l,l", [row[:, None] * DEPTH_SIZE + depth[None, :]],
                     dtype=gl.int64, is_pure=True, pack=1,
                 )  # fmt: skip
                 pointers = rows + gl.max_contiguous(gl.multiple_of(offsets, [1, 8]), [1, 8])
@@ -192,9 +242,8 @@ if HAS_GLUON:
                     async_copy.commit_group()
                     pointers += _DEPTH
                 if PAIRED:
-                    row = weight_row + column
-                    load_box(weight_desc, [row, k], bar, b.slice(0, STEP, dim=0))
-                    load_box(weight_desc, [row + COLUMNS, k], bar, b.slice(STEP, STEP, dim=0))
+                    load_box(weight_desc, [weight_row + column, k], bar, b.slice(0, STEP, dim=0))
+                    load_box(weight_desc, [weight_row + column + COLUMNS, k], bar, b.slice(STEP, STEP, dim=0))
                 elif TRANSPOSED:
                     load_box(weight_desc, [weight_row + k, column], bar, b)
                 else:

@@ -7,8 +7,9 @@ import triton
 from torch import Tensor
 
 from .gather_sum import gather_rows
-from .hopper import HAS_GLUON, SORTED_COPY_FROM, TILE_COLUMNS, TILE_ROWS, multiprocessors, new_rows
+from .hopper import HAS_GLUON, SORTED_COPY_FROM, TILE_COLUMNS, TILE_ROWS, multiprocessors, new_rows, slot_arguments
 from .layout import Layout
+from .protocol import SlotRows
 
 if HAS_GLUON:
     from triton.experimental import gluon
@@ -139,9 +140,10 @@ if HAS_GLUON:
 
     @gluon.jit
     def down_gradient_kernel(
-        output_gradient, output_gradient_desc, weights, order, tiles, tile_count, w2_desc, gate_up_desc,
-        gradient, weighted, parts,
-        HIDDEN: gl.constexpr, INTERMEDIATE: gl.constexpr, TOP_K: gl.constexpr, STAGES: gl.constexpr,
+        context, ticket, output_gradient, output_gradient_desc, weights, order, tiles, tile_count, w2_desc,
+        gate_up_desc, gradient, weighted, parts,
+        HIDDEN: gl.constexpr, INTERMEDIATE: gl.constexpr, TOP_K: gl.constexpr,
+        IN_SLOT: gl.constexpr, STAGES: gl.constexpr,
     ):  # fmt: skip
         COLUMN_TILES: gl.constexpr = (INTERMEDIATE + _TILE_COLUMNS - 1) // _TILE_COLUMNS
         dtype: gl.constexpr = w2_desc.dtype
@@ -164,8 +166,9 @@ if HAS_GLUON:
                 tiles, tile_count, a_stages, b_stages, full, empty, buffers, staged, taken,
                 1, HIDDEN, COLUMN_TILES, STAGES)),
             (load_tiles, (
-                output_gradient, output_gradient_desc, order, tiles, tile_count, w2_desc, a_stages, b_stages, full,
-                empty, HIDDEN, INTERMEDIATE, COLUMN_TILES, TOP_K, False, True, STAGES)),
+                context, ticket, output_gradient, output_gradient_desc, order, tiles, tile_count, w2_desc,
+                a_stages, b_stages, full, empty, HIDDEN, INTERMEDIATE, COLUMN_TILES, TOP_K, False, True,
+                IN_SLOT, IN_SLOT, STAGES)),
             (_differentiate_swiglu, (
                 weights, order, tiles, tile_count, buffers, row_weights, ring, ready, staged, taken, gate_up_desc,
                 gradient, weighted, parts, INTERMEDIATE, COLUMN_TILES)),
@@ -173,22 +176,28 @@ if HAS_GLUON:
 
 
 def down_gradient_swiglu(
-    output_gradient: Tensor, weights: Tensor, layout: Layout, w2: Tensor, gate_up: Tensor
+    output_gradient: Tensor,
+    weights: Tensor,
+    layout: Layout,
+    w2: Tensor,
+    gate_up: Tensor,
+    slot: SlotRows | None,
+    programs: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``experts_backward.down_gradient_swiglu``."""
     _, hidden, intermediate = w2.shape
     capacity = gate_up.shape[0]
     top_k = weights.shape[1]
     if intermediate >= SORTED_COPY_FROM:
-        output_gradient, top_k = gather_rows(output_gradient, layout.order, layout.offsets, top_k), 0
+        output_gradient, top_k, slot = gather_rows(output_gradient, layout.order, layout.offsets, top_k, slot), 0, None
     gate_up_gradient = new_rows(gate_up, capacity, 2 * intermediate)
     weighted_activation = new_rows(gate_up, capacity, intermediate)
     column_tiles = triton.cdiv(intermediate, TILE_COLUMNS)
     parts = torch.empty(capacity, column_tiles, dtype=torch.float32, device=gate_up.device)
-    down_gradient_kernel[(multiprocessors(gate_up.device),)](
-        output_gradient, matrix(output_gradient, TILE_ROWS, DEPTH), weights, layout.order, layout.tiles,
-        layout.tile_count, matrix(w2, DEPTH, TILE_COLUMNS),
+    down_gradient_kernel[(programs or multiprocessors(gate_up.device),)](
+        *slot_arguments(slot, layout), output_gradient, matrix(output_gradient, TILE_ROWS, DEPTH), weights,
+        layout.order, layout.tiles, layout.tile_count, matrix(w2, DEPTH, TILE_COLUMNS),
         matrix(gate_up, 32, CHUNK), gate_up_gradient, weighted_activation, parts,
-        HIDDEN=hidden, INTERMEDIATE=intermediate, TOP_K=top_k, STAGES=3, num_warps=4,
+        HIDDEN=hidden, INTERMEDIATE=intermediate, TOP_K=top_k, IN_SLOT=slot is not None, STAGES=3, num_warps=4,
     )  # fmt: skip
     return gate_up_gradient, weighted_activation, parts

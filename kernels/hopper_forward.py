@@ -12,8 +12,10 @@ from .hopper import (
     TILE_ROWS,
     multiprocessors,
     new_rows,
+    slot_arguments,
 )
 from .layout import Layout
+from .protocol import SlotRows
 
 if HAS_GLUON:
     from triton.experimental import gluon
@@ -111,9 +113,9 @@ if HAS_GLUON:
 
     @gluon.jit
     def up_swiglu_kernel(
-        rows, rows_desc, order, tiles, tile_count, w13_desc, gate_up_desc, activated,
+        context, ticket, rows, rows_desc, order, tiles, tile_count, w13_desc, gate_up_desc, activated,
         HIDDEN: gl.constexpr, INTERMEDIATE: gl.constexpr, TOP_K: gl.constexpr, KEEP: gl.constexpr,
-        STAGES: gl.constexpr,
+        IN_SLOT: gl.constexpr, STAGES: gl.constexpr,
     ):  # fmt: skip
         COLUMN_TILES: gl.constexpr = (INTERMEDIATE + _TILE_COLUMNS // 2 - 1) // (_TILE_COLUMNS // 2)
         dtype: gl.constexpr = w13_desc.dtype
@@ -130,8 +132,9 @@ if HAS_GLUON:
                            0, HIDDEN, INTERMEDIATE, COLUMN_TILES, KEEP, STAGES)),
             (_consume_up, (tiles, tile_count, a_stages, b_stages, full, empty, buffers, staged, taken, gate_up_desc,
                            1, HIDDEN, INTERMEDIATE, COLUMN_TILES, KEEP, STAGES)),
-            (load_tiles, (rows, rows_desc, order, tiles, tile_count, w13_desc, a_stages, b_stages, full, empty,
-                          HIDDEN, INTERMEDIATE, COLUMN_TILES, TOP_K, True, False, STAGES)),
+            (load_tiles, (context, ticket, rows, rows_desc, order, tiles, tile_count, w13_desc, a_stages, b_stages,
+                          full, empty, HIDDEN, INTERMEDIATE, COLUMN_TILES, TOP_K, True, False, IN_SLOT, IN_SLOT,
+                          STAGES)),
             (_activate, (tiles, tile_count, buffers, staged, taken, activated, INTERMEDIATE, COLUMN_TILES)),
         ], [4, 2, 2], [184, 136, 136])  # fmt: skip
 
@@ -181,8 +184,8 @@ if HAS_GLUON:
                                 0, DEPTH_SIZE, COLUMN_TILES, TRANSPOSED, STAGES)),
             (_consume_project, (tiles, tile_count, a_stages, b_stages, full, empty, buffers, result_desc,
                                 1, DEPTH_SIZE, COLUMN_TILES, TRANSPOSED, STAGES)),
-            (load_tiles, (tiles, inputs_desc, tiles, tiles, tile_count, weight_desc, a_stages, b_stages, full, empty,
-                          DEPTH_SIZE, COLUMNS, COLUMN_TILES, 0, False, TRANSPOSED, STAGES)),
+            (load_tiles, (tiles, tiles, tiles, inputs_desc, tiles, tiles, tile_count, weight_desc, a_stages, b_stages,
+                          full, empty, DEPTH_SIZE, COLUMNS, COLUMN_TILES, 0, False, TRANSPOSED, False, False, STAGES)),
         ], [4, 2], [232, 40])  # fmt: skip
 
 
@@ -190,30 +193,38 @@ STAGES = 3
 
 
 def up_swiglu(
-    rows: Tensor, layout: Layout, top_k: int | None, w13: Tensor, keep_gate_up: bool
+    rows: Tensor,
+    layout: Layout,
+    top_k: int | None,
+    w13: Tensor,
+    keep_gate_up: bool,
+    slot: SlotRows | None,
+    programs: int | None,
 ) -> tuple[Tensor | None, Tensor]:
     """See ``experts.up_swiglu``."""
     _, twice_intermediate, hidden = w13.shape
     intermediate = twice_intermediate // 2
     capacity = layout.order.shape[0]
     if top_k is not None and intermediate >= SORTED_COPY_FROM:
-        rows, top_k = gather_rows(rows, layout.order, layout.offsets, top_k), None
+        rows, top_k, slot = gather_rows(rows, layout.order, layout.offsets, top_k, slot), None, None
     activated = new_rows(rows, capacity, intermediate)
     gate_up = new_rows(rows, capacity, twice_intermediate) if keep_gate_up else None
-    up_swiglu_kernel[(multiprocessors(rows.device),)](
-        rows, matrix(rows, TILE_ROWS, DEPTH), layout.order, layout.tiles, layout.tile_count,
-        matrix(w13, TILE_COLUMNS // 2, DEPTH), clipped(activated if gate_up is None else gate_up), activated,
-        HIDDEN=hidden, INTERMEDIATE=intermediate, TOP_K=top_k or 0, KEEP=keep_gate_up, STAGES=STAGES, num_warps=4,
+    up_swiglu_kernel[(programs or multiprocessors(rows.device),)](
+        *slot_arguments(slot, layout), rows, matrix(rows, TILE_ROWS, DEPTH), layout.order, layout.tiles,
+        layout.tile_count, matrix(w13, TILE_COLUMNS // 2, DEPTH),
+        clipped(activated if gate_up is None else gate_up), activated,
+        HIDDEN=hidden, INTERMEDIATE=intermediate, TOP_K=top_k or 0, KEEP=keep_gate_up, IN_SLOT=slot is not None,
+        STAGES=STAGES, num_warps=4,
     )  # fmt: skip
     return gate_up, activated
 
 
-def project(inputs: Tensor, layout: Layout, weight: Tensor, column_dim: int) -> Tensor:
+def project(inputs: Tensor, layout: Layout, weight: Tensor, column_dim: int, programs: int | None) -> Tensor:
     """See ``experts.project``."""
     columns, depth = weight.shape[column_dim], weight.shape[3 - column_dim]
     result = new_rows(inputs, inputs.shape[0], columns)
     block = (TILE_COLUMNS, DEPTH) if column_dim == 1 else (DEPTH, TILE_COLUMNS)
-    project_kernel[(multiprocessors(inputs.device),)](
+    project_kernel[(programs or multiprocessors(inputs.device),)](
         matrix(inputs, TILE_ROWS, DEPTH), layout.tiles, layout.tile_count, matrix(weight, *block), clipped(result),
         DEPTH_SIZE=depth, COLUMNS=columns, TRANSPOSED=column_dim == 2, STAGES=STAGES, num_warps=4,
     )  # fmt: skip

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .hopper import HAS_GLUON, TILE_COLUMNS, multiprocessors
 from .layout import Layout
+from .protocol import SlotRows
 
 if HAS_GLUON:
     from triton.experimental import gluon
@@ -24,6 +25,7 @@ if HAS_GLUON:
         _CHUNK,
         _DEPTH,
         _HALF,
+        _TICKET_FIRST_ROW,
         _TILE_COLUMNS,
         _TILE_ROWS,
         ACCUMULATOR,
@@ -54,10 +56,11 @@ if HAS_GLUON:
 
     @gluon.jit
     def _load_outer(
-        left, right_desc, order, offsets, a_stages, b_stages, full, empty,
+        ticket, left, right_desc, order, offsets, a_stages, b_stages, full, empty,
         EXPERTS: gl.constexpr, LEFT_SIZE: gl.constexpr, LEFT_TILES: gl.constexpr, RIGHT_TILES: gl.constexpr,
-        TOP_K: gl.constexpr, STAGES: gl.constexpr,
+        TOP_K: gl.constexpr, PLANE: gl.constexpr, STAGES: gl.constexpr,
     ):  # fmt: skip
+        first_row = gl.load(ticket + _TICKET_FIRST_ROW + PLANE) if PLANE >= 0 else 0
         stage = 0
         phase = 1
         begun = stage != 0  # False, of the type that the loop gives it
@@ -70,7 +73,8 @@ if HAS_GLUON:
             entry = gl.load(order + start + inside, mask=start + inside < end, other=0)
             for at in range(start, end, _DEPTH):
                 in_range = at + inside < end
-                pointers = left + (entry // TOP_K).to(gl.int64)[:, None] * LEFT_SIZE + column[None, :]
+                row = first_row + (entry // TOP_K).to(gl.int64)
+                pointers = left + row[:, None] * LEFT_SIZE + column[None, :]
                 mask = in_range[:, None] & (column < LEFT_SIZE)[None, :]
                 # The next step's index, so that its latency lies under this step's copies.
                 entry = gl.load(order + at + _DEPTH + inside, mask=at + _DEPTH + inside < end, other=0)
@@ -154,9 +158,9 @@ if HAS_GLUON:
 
     @gluon.jit
     def weight_gradient_kernel(
-        left, right_desc, order, offsets, result_desc, result,
+        ticket, left, right_desc, order, offsets, result_desc, result,
         EXPERTS: gl.constexpr, LEFT_SIZE: gl.constexpr, RIGHT_SIZE: gl.constexpr, TOP_K: gl.constexpr,
-        TRANSPOSED: gl.constexpr, ACCUMULATE: gl.constexpr, STAGES: gl.constexpr,
+        TRANSPOSED: gl.constexpr, ACCUMULATE: gl.constexpr, PLANE: gl.constexpr, STAGES: gl.constexpr,
     ):  # fmt: skip
         LEFT_TILES: gl.constexpr = (LEFT_SIZE + _TILE_ROWS - 1) // _TILE_ROWS
         RIGHT_TILES: gl.constexpr = (RIGHT_SIZE + _TILE_COLUMNS - 1) // _TILE_COLUMNS
@@ -175,8 +179,8 @@ if HAS_GLUON:
                 offsets, a_stages, b_stages, full, empty, buffers, result_desc, result, 1, EXPERTS,
                 LEFT_SIZE, LEFT_TILES, RIGHT_SIZE, RIGHT_TILES, TRANSPOSED, ACCUMULATE, STAGES)),
             (_load_outer, (
-                left, right_desc, order, offsets, a_stages, b_stages, full, empty,
-                EXPERTS, LEFT_SIZE, LEFT_TILES, RIGHT_TILES, TOP_K, STAGES)),
+                ticket, left, right_desc, order, offsets, a_stages, b_stages, full, empty,
+                EXPERTS, LEFT_SIZE, LEFT_TILES, RIGHT_TILES, TOP_K, PLANE, STAGES)),
         ], [4, 4], [224, 56])  # fmt: skip
 
 
@@ -187,6 +191,8 @@ def weight_gradient(
     top_k: int,
     transposed: bool,
     accumulate_into: Tensor | None,
+    slot: SlotRows | None,
+    programs: int | None,
 ) -> Tensor:
     """Sum of outer products of gathered_rows [R, M] and sorted_rows [C, N]: [E, M, N], or [E, N, M] if ``transposed``.
 
@@ -198,10 +204,11 @@ def weight_gradient(
     shape = (experts, right, left) if transposed else (experts, left, right)
     result = sorted_rows.new_empty(shape) if accumulate_into is None else accumulate_into
     staged = result if accumulate_into is None else sorted_rows
-    weight_gradient_kernel[(multiprocessors(sorted_rows.device),)](
-        gathered_rows, clipped(sorted_rows, TILE_COLUMNS), layout.order, layout.offsets, matrix(staged, CHUNK, CHUNK),
-        result,
+    weight_gradient_kernel[(programs or multiprocessors(sorted_rows.device),)](
+        layout.order if slot is None else slot.ticket, gathered_rows, clipped(sorted_rows, TILE_COLUMNS),
+        layout.order, layout.offsets, matrix(staged, CHUNK, CHUNK), result,
         EXPERTS=experts, LEFT_SIZE=left, RIGHT_SIZE=right, TOP_K=top_k,
-        TRANSPOSED=transposed, ACCUMULATE=accumulate_into is not None, STAGES=3, num_warps=4,
+        TRANSPOSED=transposed, ACCUMULATE=accumulate_into is not None, PLANE=-1 if slot is None else slot.plane,
+        STAGES=3, num_warps=4,
     )  # fmt: skip
     return result

@@ -1,12 +1,12 @@
 """Which row goes where, decided on the device without asking the host.
 
-At the sender: a row goes once to each rank that holds one of the token's experts, in token order.
-Where the experts are: the (row, top-k position) entries of each expert, in order of row and position.
-Both orders are a function of the routing alone, so results do not depend on timing.
+The (row, top-k position) entries of each expert stand together, in order of row and position: a function of the routing
+alone, so results do not depend on timing.
 
-Each takes two launches. The first counts what every block of the input holds for every expert (or peer); in the second
-each block sums the counts of the blocks before it, and so knows where its own entries start. The first can be part of
-the router (routing.py), and a layout of few entries needs one program and no first launch.
+It takes two launches. The first counts what every block of the input holds for every expert; in the second each block
+sums the counts of the blocks before it, and so knows where its own entries start. The first can be part of the router
+(routing.py) or of taking routing out of a slot (dispatch.py), and a layout of few entries needs one program and no
+first launch.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .machine import padded
-from .protocol import CODE_EXPERT_OUT_OF_RANGE, CODE_REPEATED_EXPERT, WORLD, fail, is_alive
+from .protocol import CODE_TOO_MANY_ENTRIES, fail
 
-SEND_BLOCK = 512
 SINGLE_PROGRAM_ENTRIES = 2048
 # Every block of the second launch reads the counts of all blocks: more of them would read more than they sort.
 MAXIMUM_BLOCKS = 128
@@ -49,74 +48,19 @@ class Layout(NamedTuple):
 
 
 @triton.jit
-def _local_rows(experts, token, tokens, peer, NUM_LOCAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, K: tl.constexpr):
-    """Ids [tokens, K] of a block of tokens, and whether each has one at that peer."""
-    k = tl.arange(0, K)
-    mask = (token < tokens)[:, None] & (k < TOP_K)[None, :]
-    expert = tl.load(experts + token.to(tl.int64)[:, None] * TOP_K + k[None, :], mask=mask, other=-1)
-    there = (expert >= 0) & (expert // NUM_LOCAL_EXPERTS == peer)
-    return expert, tl.max(there.to(tl.int32), axis=1)
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _count_rows(
-    experts, block_counts, tokens,
-    NUM_LOCAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    block, peer = tl.program_id(0), tl.program_id(1)
-    token = block * BLOCK + tl.arange(0, BLOCK)
-    _, wanted = _local_rows(experts, token, tokens, peer, NUM_LOCAL_EXPERTS, TOP_K, TOP_K_PADDED)
-    tl.store(block_counts + peer * tl.num_programs(0) + block, tl.sum(wanted))
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _send_positions(
-    context, experts, block_counts, positions, counts, tokens,
-    NUM_LOCAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    block, peer = tl.program_id(0), tl.program_id(1)
-    blocks = tl.num_programs(0)
-    world = tl.load(context + WORLD)
-    before = tl.zeros((), tl.int32)
-    for start in range(0, block, BLOCK):
-        earlier = start + tl.arange(0, BLOCK)
-        before += tl.sum(tl.load(block_counts + peer * blocks + earlier, mask=earlier < block, other=0))
-    token = block * BLOCK + tl.arange(0, BLOCK)
-    expert, wanted = _local_rows(experts, token, tokens, peer, NUM_LOCAL_EXPERTS, TOP_K, TOP_K_PADDED)
-    position = before + tl.cumsum(wanted) - wanted
-    at = positions + token.to(tl.int64) * world + peer
-    tl.store(at, tl.where(wanted > 0, position, -1), mask=token < tokens)
-    if block == blocks - 1:
-        tl.store(counts + peer, before + tl.sum(wanted))
-    if peer == 0:
-        wrong = (expert < -1) | (expert >= NUM_LOCAL_EXPERTS * world)
-        if tl.max(wrong.to(tl.int32)) > 0:
-            zero = tl.full((), 0, tl.int64)
-            seen = tl.max(tl.where(wrong, expert, -2147483648)).to(tl.int64)
-            fail(context, CODE_EXPERT_OUT_OF_RANGE, zero, zero, zero, NUM_LOCAL_EXPERTS * world, seen)
-
-
-@triton.jit
-def _load_experts(experts, received, entry, end, rows_per_source, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr):
-    """Expert of each entry before ``end``; -1 for ids out of range and for rows that did not arrive."""
-    valid = entry < end
-    if received is not None:
-        row = entry // TOP_K
-        valid &= row % rows_per_source < tl.load(received + row // rows_per_source, mask=valid, other=0)
-    expert = tl.load(experts + entry, mask=valid, other=-1)
+def _load_experts(experts, entry, end, NUM_EXPERTS: tl.constexpr):
+    """Expert of each entry before ``end``; -1 for ids out of range."""
+    expert = tl.load(experts + entry, mask=entry < end, other=-1)
     return tl.where((expert >= 0) & (expert < NUM_EXPERTS), expert, -1).to(tl.int32)
 
 
 @triton.jit
-def count_entries(
-    experts, received, first, end, rows_per_source,
-    NUM_EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, TOP_K: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
+def count_entries(experts, first, end, NUM_EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, CHUNK: tl.constexpr):
     """How many of the entries [first, end) each expert has: [EXPERTS_PADDED]."""
     counts = tl.zeros((EXPERTS_PADDED,), tl.int32)
     for start in range(first, end, CHUNK):
         entry = start + tl.arange(0, CHUNK)
-        expert = _load_experts(experts, received, entry, end, rows_per_source, NUM_EXPERTS, TOP_K)
+        expert = _load_experts(experts, entry, end, NUM_EXPERTS)
         counts += tl.histogram(tl.maximum(expert, 0), EXPERTS_PADDED, mask=expert >= 0)
     return counts
 
@@ -149,13 +93,13 @@ def write_tiles(
 
 @triton.jit
 def place_entries(
-    experts, received, order, places, starts, first, routed_end, end, rows_per_source,
-    NUM_EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, TOP_K: tl.constexpr, CHUNK: tl.constexpr,
+    experts, order, places, starts, first, routed_end, end,
+    NUM_EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Sort the entries [first, end), none of which is routed from ``routed_end`` on, to ``starts`` of their experts."""
     lane = tl.arange(0, CHUNK)
     for chunk in range(first, end, CHUNK):
-        expert = _load_experts(experts, received, chunk + lane, routed_end, rows_per_source, NUM_EXPERTS, TOP_K)
+        expert = _load_experts(experts, chunk + lane, routed_end, NUM_EXPERTS)
         # Expert and lane in one integer: its order is the stable one.
         key = tl.sort(tl.where(expert >= 0, expert, EXPERTS_PADDED) * CHUNK + lane)
         expert, entry = key // CHUNK, chunk + key % CHUNK
@@ -168,29 +112,23 @@ def place_entries(
         starts += counts
 
 
-@triton.jit(do_not_specialize=["rows_per_source", "entries", "block_entries"])
+@triton.jit(do_not_specialize=["entries", "block_entries"])
 def _count(
-    context, experts, received, block_counts, rows_per_source, entries, block_entries,
-    NUM_EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, TOP_K: tl.constexpr, CHUNK: tl.constexpr,
+    experts, block_counts, entries, block_entries,
+    NUM_EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     first = block * block_entries
     end = tl.minimum(first + block_entries, entries)
-    counts = count_entries(
-        experts, received, first, end, rows_per_source, NUM_EXPERTS, EXPERTS_PADDED, TOP_K, CHUNK
-    )  # fmt: skip
-    if context is not None:
-        # A failed round computes nothing: its rows may be anything.
-        counts = tl.where(is_alive(context), counts, 0)
+    counts = count_entries(experts, first, end, NUM_EXPERTS, EXPERTS_PADDED, CHUNK)
     expert = tl.arange(0, EXPERTS_PADDED)
     tl.store(block_counts + block * NUM_EXPERTS + expert, counts, mask=expert < NUM_EXPERTS)
 
 
-@triton.jit(do_not_specialize=["rows_per_source", "entries", "block_entries", "capacity"])
+@triton.jit(do_not_specialize=["entries", "block_entries", "capacity"])
 def _sort(
-    context, experts, received, block_counts, order, places, offsets, tiles, tile_count,
-    rows_per_source, entries, block_entries, capacity,
-    NUM_EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, TOP_K: tl.constexpr, TILE_ROWS: tl.constexpr,
+    context, experts, block_counts, order, places, offsets, tiles, tile_count, entries, block_entries, capacity,
+    NUM_EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, TILE_ROWS: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     block, blocks = tl.program_id(0), tl.num_programs(0)
@@ -199,9 +137,7 @@ def _sort(
     routed_end = end
     if block_counts is None:
         before = tl.zeros((EXPERTS_PADDED,), tl.int32)
-        counts = count_entries(
-            experts, received, first, end, rows_per_source, NUM_EXPERTS, EXPERTS_PADDED, TOP_K, CHUNK
-        )  # fmt: skip
+        counts = count_entries(experts, first, end, NUM_EXPERTS, EXPERTS_PADDED, CHUNK)
     else:
         expert = tl.arange(0, EXPERTS_PADDED)
         before = tl.zeros((EXPERTS_PADDED,), tl.int32)
@@ -216,90 +152,53 @@ def _sort(
             total = tl.sum(counts)
             if (total > capacity) & (block == 0):
                 zero = tl.full((), 0, tl.int64)
-                fail(context, CODE_REPEATED_EXPERT, zero, zero, zero, zero + capacity, total.to(tl.int64))
-            # Beyond its capacity the sorted index must not be written, nor read by the kernels that follow. Nor may a
-            # block place entries that it did not count because the context had failed.
+                fail(context, CODE_TOO_MANY_ENTRIES, zero, zero, zero, zero + capacity, total.to(tl.int64))
+            # Beyond its capacity the sorted index must not be written, nor read by the kernels that follow.
             counts = tl.where(total > capacity, 0, counts)
-            own = tl.load(block_counts + block * NUM_EXPERTS + expert, mask=expert < NUM_EXPERTS, other=0)
-            routed_end = tl.where((total > capacity) | (tl.sum(own) == 0), first, end)
+            routed_end = tl.where(total > capacity, first, end)
     starts = write_tiles(counts, offsets, tiles, tile_count, block, blocks, NUM_EXPERTS, EXPERTS_PADDED, TILE_ROWS)
     place_entries(
-        experts, received, order, places, starts + before, first, routed_end, end, rows_per_source,
-        NUM_EXPERTS, EXPERTS_PADDED, TOP_K, CHUNK,
+        experts, order, places, starts + before, first, routed_end, end, NUM_EXPERTS, EXPERTS_PADDED, CHUNK
     )  # fmt: skip
 
 
-def send_layout(context: Tensor, experts: Tensor, world: int, num_local_experts: int) -> tuple[Tensor, Tensor]:
-    """Where each token's row goes.
-
-    experts: [T, K] int32, global ids, -1 for not routed; an id out of range fails the context.
-    Returns positions [T, world] int32, the row's place among this rank's rows at that rank or -1, and counts [world].
-    """
-    tokens, top_k = experts.shape
-    blocks = max(triton.cdiv(tokens, SEND_BLOCK), 1)
-    block_counts, positions, counts = (
-        torch.empty(shape, dtype=torch.int32, device=experts.device)
-        for shape in ((world, blocks), (tokens, world), (world,))
-    )
-    sizes = {
-        "NUM_LOCAL_EXPERTS": num_local_experts, "TOP_K": top_k, "TOP_K_PADDED": padded(top_k), "BLOCK": SEND_BLOCK,
-    }  # fmt: skip
-    _count_rows[(blocks, world)](experts, block_counts, tokens, **sizes)
-    _send_positions[(blocks, world)](context, experts, block_counts, positions, counts, tokens, **sizes)
-    return positions, counts
-
-
-def expert_layout(
-    context: Tensor,
-    experts: Tensor,
-    received: Tensor,
-    rows_per_source: int,
-    num_local_experts: int,
-    capacity: int,
-    tile_rows: int,
+def sort_received(
+    context: Tensor, experts: Tensor, block_counts: Tensor, block_entries: int, capacity: int, tile_rows: int
 ) -> Layout:
-    """Sort the received entries by local expert; nothing is routed in a failed context.
+    """Sort entries from all ranks by local expert.
 
-    experts: [R, K] int32, local ids, -1 for elsewhere; row r came from rank r // rows_per_source.
-    received: [world] int32, how many rows of each source are valid.
-    capacity: R * min(K, E_local), which distinct experts of a token cannot exceed; repeated ones fail the context.
+    experts: [R, K] int32, local ids, -1 for elsewhere. block_counts: [B, E_local] int32, the entries of each expert in
+    each block of ``block_entries``. capacity: entries at most; more fail the context, and nothing is routed then.
     """
-    # One variant for every number of entries: loading another while a kernel waits for a peer would deadlock.
-    block_entries = _block_entries(experts.numel())
-    block_counts = new_block_counts(experts, block_entries, num_local_experts)
-    sizes = entry_sizes(num_local_experts, experts.shape[1])
-    _count[(block_counts.shape[0],)](
-        context, experts, received, block_counts, rows_per_source, experts.numel(), block_entries,
-        **sizes, CHUNK=LARGEST_CHUNK, num_warps=8,
-    )  # fmt: skip
-    layout = empty_layout(experts, num_local_experts, capacity, tile_rows)
-    _launch_sort(layout, context, experts, received, block_counts, rows_per_source, block_entries, LARGEST_CHUNK)
+    layout = empty_layout(experts, block_counts.shape[1], capacity, tile_rows)
+    _launch_sort(layout, context, experts, block_counts, block_entries, LARGEST_CHUNK)
     return layout
 
 
-def local_layout(experts: Tensor, num_experts: int, tile_rows: int) -> Layout:
+def local_layout(experts: Tensor, num_experts: int, tile_rows: int, one_variant: bool = False) -> Layout:
     """Sort the entries of this rank's own tokens.
 
     experts: [T, K] integers; ids that are no expert (-1 and all others outside [0, E)) are not routed.
+    one_variant: compile the same kernels for every number of tokens; loading another one while a kernel waits for a
+    peer would deadlock.
     """
     entries = experts.numel()
-    if entries <= SINGLE_PROGRAM_ENTRIES:
+    if entries <= SINGLE_PROGRAM_ENTRIES and not one_variant:
         layout = empty_layout(experts, num_experts, entries, tile_rows)
-        _launch_sort(layout, None, experts, None, None, 1, entries, choose_chunk(entries))
+        _launch_sort(layout, None, experts, None, entries, choose_chunk(entries))
         return layout
-    block_entries = _block_entries(entries)
+    block_entries = block_entries_of(entries)
     block_counts = new_block_counts(experts, block_entries, num_experts)
     _count[(block_counts.shape[0],)](
-        None, experts, None, block_counts, 1, entries, block_entries,
-        **entry_sizes(num_experts, experts.shape[1]), CHUNK=LARGEST_CHUNK, num_warps=8,
-    )  # fmt: skip
+        experts, block_counts, entries, block_entries, **entry_sizes(num_experts), CHUNK=LARGEST_CHUNK, num_warps=8
+    )
     return sort_counted(experts, block_counts, block_entries, tile_rows)
 
 
 def sort_counted(experts: Tensor, block_counts: Tensor, block_entries: int, tile_rows: int) -> Layout:
     """``local_layout`` where ``block_counts`` [B, E] int32 has the entries of each expert in each block of entries."""
     layout = empty_layout(experts, block_counts.shape[1], experts.numel(), tile_rows)
-    _launch_sort(layout, None, experts, None, block_counts, 1, block_entries, choose_chunk(block_entries))
+    _launch_sort(layout, None, experts, block_counts, block_entries, choose_chunk(block_entries))
     return layout
 
 
@@ -318,9 +217,9 @@ def new_block_counts(experts: Tensor, block_entries: int, num_experts: int) -> T
     return torch.empty(blocks, num_experts, dtype=torch.int32, device=experts.device)
 
 
-def entry_sizes(num_experts: int, top_k: int) -> dict[str, int]:
+def entry_sizes(num_experts: int) -> dict[str, int]:
     """Compile-time sizes of whatever counts and places entries."""
-    return {"NUM_EXPERTS": num_experts, "EXPERTS_PADDED": max(padded(num_experts), 16), "TOP_K": top_k}
+    return {"NUM_EXPERTS": num_experts, "EXPERTS_PADDED": max(padded(num_experts), 16)}
 
 
 def choose_chunk(entries: int) -> int:
@@ -328,19 +227,17 @@ def choose_chunk(entries: int) -> int:
     return SMALLEST_CHUNK if entries <= SMALLEST_CHUNK else LARGEST_CHUNK
 
 
-def _block_entries(entries: int) -> int:
+def block_entries_of(entries: int) -> int:
     return max(LARGEST_CHUNK, triton.cdiv(entries, MAXIMUM_BLOCKS))
 
 
 def _launch_sort(
-    layout: Layout, context: Tensor | None, experts: Tensor, received: Tensor | None, block_counts: Tensor | None,
-    rows_per_source: int, block_entries: int, chunk: int,
-) -> None:  # fmt: skip
+    layout: Layout, context: Tensor | None, experts: Tensor, block_counts: Tensor | None, block_entries: int, chunk: int
+) -> None:
     *tensors, tile_rows = layout
-    sizes = entry_sizes(layout.offsets.shape[0] - 1, experts.shape[1])
+    sizes = entry_sizes(layout.offsets.shape[0] - 1)
     _sort[(1 if block_counts is None else block_counts.shape[0],)](
-        context, experts, received, block_counts, *tensors,
-        rows_per_source, experts.numel(), block_entries, layout.order.shape[0],
+        context, experts, block_counts, *tensors, experts.numel(), block_entries, layout.order.shape[0],
         **sizes, TILE_ROWS=tile_rows, CHUNK=chunk, BLOCK_ROWS=max(8192 // sizes["EXPERTS_PADDED"], 1),
         num_warps=8 if chunk == LARGEST_CHUNK else 4,
     )  # fmt: skip

@@ -52,9 +52,24 @@ def _count_in_int32() -> None:
     InterpreterBuilder.create_histogram = create_narrow_histogram
 
 
+def _round_to_fp8() -> None:
+    """Triton's interpreter drops the carry where rounding to e4m3 reaches the next power of two: 7.9 becomes 4."""
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def convert_float(values, from_dtype, to_dtype, rounding_mode):
+        if from_dtype == tl.float32 and to_dtype == tl.float8e4nv:
+            return torch.from_numpy(values).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return convert(values, from_dtype, to_dtype, rounding_mode)
+
+    interpreter._convert_float = convert_float
+
+
 if INTERPRETED:
     _interpret_standard_library()
     _count_in_int32()
+    _round_to_fp8()
     # Triton's own takes the interpreter a second and a half for 1024 elements: it reduces by xor, one by one.
     tl.sort = _sort
 

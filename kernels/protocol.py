@@ -5,13 +5,15 @@ epoch, a 64-bit counter in device memory, names the same round everywhere. Round
 dispatch and of the combine buffers.
 
 Flags are epochs, only ever grow, and lie in the memory of the rank that waits for them; nothing is reset:
-- ``arrival[slot, source]`` at the reader: the source has written all its rows of that epoch;
-- ``credit[slot, reader]`` at the writer: the reader has read all rows of that epoch, its slot may be written again.
+- ``arrival[slot, source]`` at the reader: the source has written all its data of that epoch;
+- ``credit[slot, reader]`` at the writer: the reader has read all data of that epoch, its slot may be written again;
+- ``row_arrival[slot, source, token]`` at the reader: this row has been written, for GEMMs that start before the rest.
 A writer of epoch ``e`` waits for the credit of epoch ``e - depth``, which is at or below zero for the first rounds.
 
 Memory order: rows are written by a kernel of their own; the announcement that follows on the same stream is an
 exchange with release semantics at system scope, which covers everything that the stream did before. The wait is an
 atomic read with acquire semantics at system scope, and readers are kernels that follow it on the same stream.
+docs/protocol.md has the whole of it, and why it cannot deadlock.
 
 A wait that expires records what it waited for in host-visible memory and marks the context as failed. In a failed
 context nothing waits, nothing is written to a peer, and combine gives NaN, until the host raises.
@@ -19,8 +21,11 @@ context nothing waits, nothing is written to a peer, and combine gives NaN, unti
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .machine import nanoseconds
 
@@ -33,27 +38,35 @@ RANK = tl.constexpr(4)
 WORLD = tl.constexpr(5)
 DEPTH = tl.constexpr(6)
 MAX_TOKENS = tl.constexpr(7)
+PLANES = tl.constexpr(8)  # rows of a token that a round carries
+LINK_RATE = tl.constexpr(9)  # bytes a microsecond to which remote stores are paced, by benchmarks alone
+LINK_FREE_AT = tl.constexpr(10)  # nanosecond at which the paced link has sent what was stored so far
+EXPIRED = tl.constexpr(11)  # not 0 once a GEMM has waited for a row to its bound: later waits report at once
 # Byte offsets of the regions in every rank's symmetric buffer.
-DISPATCH_ROWS = tl.constexpr(8)  # [depth, source, max_tokens, hidden]
-DISPATCH_EXPERTS = tl.constexpr(9)  # [depth, source, max_tokens, top_k] int32, local expert or -1
-DISPATCH_TOKENS = tl.constexpr(10)  # [depth, source, max_tokens] int32, token index at the source
-DISPATCH_WEIGHTS = tl.constexpr(11)  # [depth, source, max_tokens, top_k] float32
-DISPATCH_COUNTS = tl.constexpr(12)  # [depth, source] int32, rows written
-DISPATCH_ARRIVAL = tl.constexpr(13)  # [depth, source] int64
-DISPATCH_CREDIT = tl.constexpr(14)  # [depth, reader] int64
-COMBINE_ROWS = tl.constexpr(15)  # [depth, max_tokens, top_k, hidden]
-COMBINE_SCALARS = tl.constexpr(16)  # [depth, max_tokens, top_k] float32, gradients of the router weights
-COMBINE_ARRIVAL = tl.constexpr(17)  # [depth, writer] int64
-COMBINE_CREDIT = tl.constexpr(18)  # [depth, owner] int64
-PEERS = tl.constexpr(20)  # base address of the buffer of each rank, as this rank sees it
+DISPATCH_ROWS = tl.constexpr(12)  # [depth, plane, source, max_tokens, hidden]
+DISPATCH_SCALES = tl.constexpr(13)  # [depth, plane, source, max_tokens, hidden / 128] float32, of fp8 rows
+DISPATCH_EXPERTS = tl.constexpr(14)  # [depth, source, max_tokens, top_k] int32, global ids
+DISPATCH_WEIGHTS = tl.constexpr(15)  # [depth, source, max_tokens, top_k] float32
+DISPATCH_COUNTS = tl.constexpr(16)  # [depth, source] int32, tokens
+ROW_ARRIVAL = tl.constexpr(17)  # [depth, plane, source, max_tokens] int32, the lower half of the epoch
+ROUTING_ARRIVAL = tl.constexpr(18)  # [depth, source] int64
+ROWS_ARRIVAL = tl.constexpr(19)  # [depth, plane, source] int64
+DISPATCH_CREDIT = tl.constexpr(20)  # [depth, reader] int64
+COMBINE_ROWS = tl.constexpr(21)  # [depth, max_tokens, top_k, hidden]
+COMBINE_SCALARS = tl.constexpr(22)  # [depth, max_tokens, top_k] float32, gradients of the router weights
+COMBINE_ARRIVAL = tl.constexpr(23)  # [depth, writer] int64
+COMBINE_CREDIT = tl.constexpr(24)  # [depth, owner] int64
+PEERS = tl.constexpr(25)  # base address of the buffer of each rank, as this rank sees it
 
 REGION_NAMES = (
     "dispatch_rows",
+    "dispatch_scales",
     "dispatch_experts",
-    "dispatch_tokens",
     "dispatch_weights",
     "dispatch_counts",
-    "dispatch_arrival",
+    "row_arrival",
+    "routing_arrival",
+    "rows_arrival",
     "dispatch_credit",
     "combine_rows",
     "combine_scalars",
@@ -61,16 +74,23 @@ REGION_NAMES = (
     "combine_credit",
 )
 
+# Words of a ticket, int64, in device memory.
+TICKET_EPOCH = tl.constexpr(0)
+TICKET_FIRST_ROW = tl.constexpr(1)  # of plane 0 in the round's dispatch slot; plane 1 follows in the next word
+TICKET_WORDS = 3
+
 # Words of the status block, int64, in host-visible memory.
 STATUS_CODE, STATUS_RANK, STATUS_PEER, STATUS_PHASE, STATUS_EPOCH, STATUS_EXPECTED, STATUS_SEEN = (
     tl.constexpr(word) for word in range(7)
 )
 CODE_TIMEOUT = tl.constexpr(1)
 CODE_EXPERT_OUT_OF_RANGE = tl.constexpr(2)
-CODE_REPEATED_EXPERT = tl.constexpr(3)
+CODE_TOO_MANY_ENTRIES = tl.constexpr(3)
 PHASE_NAMES = {
     DISPATCH_CREDIT.value: "dispatch credit",
-    DISPATCH_ARRIVAL.value: "dispatch arrival",
+    ROUTING_ARRIVAL.value: "routing arrival",
+    ROWS_ARRIVAL.value: "rows arrival",
+    ROW_ARRIVAL.value: "row arrival",
     COMBINE_CREDIT.value: "combine credit",
     COMBINE_ARRIVAL.value: "combine arrival",
 }
@@ -86,6 +106,16 @@ def region(context, peer, REGION: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def own_region(context, REGION: tl.constexpr, DTYPE: tl.constexpr):
     return region(context, tl.load(context + RANK), REGION, DTYPE)
+
+
+@triton.jit
+def row_pointers(context, peer, REGION: tl.constexpr, row, COLUMNS: tl.constexpr, DTYPE: tl.constexpr):
+    """Pointers to rows of ``COLUMNS`` elements at ``peer``; both may be blocks of the same shape."""
+    NBYTES: tl.constexpr = COLUMNS * DTYPE.primitive_bitwidth // 8
+    ALIGNMENT: tl.constexpr = 16 if NBYTES % 16 == 0 else 8 if NBYTES % 8 == 0 else 4 if NBYTES % 4 == 0 else 1
+    address = tl.load(context + PEERS + peer) + tl.load(context + REGION) + row * NBYTES
+    # Addresses from memory are of unknown alignment to the compiler, which would store element by element.
+    return tl.multiple_of(tl.multiple_of(address, ALIGNMENT).to(tl.pointer_type(DTYPE)), ALIGNMENT)
 
 
 @triton.jit
@@ -118,22 +148,46 @@ def fail(context, code, peer, phase, epoch, expected, seen):
 
 
 @triton.jit
-def _open_round(context, ticket):
-    epoch = tl.load(context + EPOCH) + 1
-    tl.store(context + EPOCH, epoch)
-    tl.store(ticket, epoch)
+def pace(context, nbytes):
+    """Hold this program until a link of the context's rate would have sent ``nbytes`` more; for benchmarks alone."""
+    now = nanoseconds()
+    duration = nbytes.to(tl.int64) * 1000 // tl.load(context + LINK_RATE)
+    tl.atomic_max(context + LINK_FREE_AT, now, sem="relaxed", scope="gpu")
+    end = tl.atomic_add(context + LINK_FREE_AT, duration, sem="relaxed", scope="gpu") + duration
+    while now < end:
+        now = nanoseconds()
 
 
 @triton.jit
-def _wait(context, ticket, FLAGS: tl.constexpr, IS_CREDIT: tl.constexpr):
+def _open_round(context, ticket):
+    epoch = tl.load(context + EPOCH) + 1
+    tl.store(context + EPOCH, epoch)
+    tl.store(ticket + TICKET_EPOCH, epoch)
+    plane_rows = tl.load(context + WORLD) * tl.load(context + MAX_TOKENS)
+    first = epoch % tl.load(context + DEPTH) * tl.load(context + PLANES) * plane_rows
+    tl.store(ticket + TICKET_FIRST_ROW, first)
+    tl.store(ticket + TICKET_FIRST_ROW + 1, first + plane_rows)
+
+
+@triton.jit
+def _flag_index(context, ticket, FLAGS: tl.constexpr, PLANE: tl.constexpr):
+    """Index of the flag of rank 0 in this round's slot."""
+    slot = slot_of(context, ticket)
+    if FLAGS == ROWS_ARRIVAL:
+        slot = slot * tl.load(context + PLANES) + PLANE
+    return slot * tl.load(context + WORLD)
+
+
+@triton.jit
+def _wait(context, ticket, FLAGS: tl.constexpr, IS_CREDIT: tl.constexpr, PLANE: tl.constexpr):
     peer = tl.program_id(0).to(tl.int64)
     epoch = tl.load(ticket)
     expected = epoch
     if IS_CREDIT:
         expected = epoch - tl.load(context + DEPTH)
-    flag = own_region(context, FLAGS, tl.int64) + slot_of(context, ticket) * tl.load(context + WORLD) + peer
+    flag = own_region(context, FLAGS, tl.int64) + _flag_index(context, ticket, FLAGS, PLANE) + peer
     if is_alive(context):
-        timeout = tl.load(context + TIMEOUT_NANOSECONDS)
+        timeout = tl.where(tl.load(context + EXPIRED) == 0, tl.load(context + TIMEOUT_NANOSECONDS), 0)
         start = nanoseconds()
         waited = start - start
         seen = tl.atomic_add(flag, tl.full((), 0, tl.int64), sem="acquire", scope="sys")
@@ -145,29 +199,47 @@ def _wait(context, ticket, FLAGS: tl.constexpr, IS_CREDIT: tl.constexpr):
 
 
 @triton.jit
-def _announce(context, ticket, FLAGS: tl.constexpr):
+def _announce(context, ticket, FLAGS: tl.constexpr, PLANE: tl.constexpr):
     peer = tl.program_id(0)
     if is_alive(context):
-        index = slot_of(context, ticket) * tl.load(context + WORLD) + tl.load(context + RANK)
+        index = _flag_index(context, ticket, FLAGS, PLANE) + tl.load(context + RANK)
         flag = region(context, peer, FLAGS, tl.int64) + index
         tl.atomic_xchg(flag, tl.load(ticket), sem="release", scope="sys")
 
 
+class SlotRows(NamedTuple):
+    """Rows that a kernel gathers from the dispatch slot of a round, instead of from memory of this rank alone.
+
+    Row ``r`` of the slot is row ``ticket[TICKET_FIRST_ROW + plane] + r`` of the region. arrived: whether somebody has
+    waited for them already.
+    """
+
+    context: Tensor
+    ticket: Tensor
+    world: int
+    plane: int = 0
+    arrived: bool = False
+
+    def wait(self) -> None:
+        if not self.arrived:
+            wait_arrival(self.context, self.ticket, self.world, ROWS_ARRIVAL, self.plane)
+
+
 def open_round(context, ticket) -> None:
-    """Take the next epoch into ``ticket`` ([1] int64); all later kernels of the round read it there."""
+    """Take the next epoch into ``ticket`` ([TICKET_WORDS] int64); all later kernels of the round read it there."""
     _open_round[(1,)](context, ticket)
 
 
 def wait_credit(context, ticket, world: int, flags: tl.constexpr) -> None:
     """Wait until every reader has released the slot that this round writes."""
-    _wait[(world,)](context, ticket, FLAGS=flags.value, IS_CREDIT=True, num_warps=1)
+    _wait[(world,)](context, ticket, FLAGS=flags.value, IS_CREDIT=True, PLANE=0, num_warps=1)
 
 
-def wait_arrival(context, ticket, world: int, flags: tl.constexpr) -> None:
+def wait_arrival(context, ticket, world: int, flags: tl.constexpr, plane: int = 0) -> None:
     """Wait until every writer has announced this round."""
-    _wait[(world,)](context, ticket, FLAGS=flags.value, IS_CREDIT=False, num_warps=1)
+    _wait[(world,)](context, ticket, FLAGS=flags.value, IS_CREDIT=False, PLANE=plane, num_warps=1)
 
 
-def announce(context, ticket, world: int, flags: tl.constexpr) -> None:
+def announce(context, ticket, world: int, flags: tl.constexpr, plane: int = 0) -> None:
     """Raise this rank's flag at every rank: what this stream did before is visible to whoever sees it."""
-    _announce[(world,)](context, ticket, FLAGS=flags.value, num_warps=1)
+    _announce[(world,)](context, ticket, FLAGS=flags.value, PLANE=plane, num_warps=1)

@@ -160,16 +160,14 @@ def _route(
     if CHUNK > 0:
         tl.debug_barrier()
         first, end = first * TOP_K, end * TOP_K
-        counts = count_entries(experts, None, first, end, 1, NUM_EXPERTS, EXPERTS_PADDED, TOP_K, CHUNK)
+        counts = count_entries(experts, first, end, NUM_EXPERTS, EXPERTS_PADDED, CHUNK)
         if order is None:
             index = tl.arange(0, EXPERTS_PADDED)
             own = block_counts + tl.program_id(0) * NUM_EXPERTS
             tl.store(own + index, counts, mask=index < NUM_EXPERTS)
         else:
             starts = write_tiles(counts, offsets, tiles, tile_count, 0, 1, NUM_EXPERTS, EXPERTS_PADDED, TILE_ROWS)
-            place_entries(
-                experts, None, order, places, starts, first, end, end, 1, NUM_EXPERTS, EXPERTS_PADDED, TOP_K, CHUNK
-            )
+            place_entries(experts, order, places, starts, first, end, end, NUM_EXPERTS, EXPERTS_PADDED, CHUNK)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -330,7 +328,7 @@ def _choice_sizes(
 ) -> dict[str, int]:
     group_size = num_experts // groups
     return {
-        **entry_sizes(num_experts, top_k), "GROUPS": groups, "TOP_GROUPS": top_groups,
+        **entry_sizes(num_experts), "TOP_K": top_k, "GROUPS": groups, "TOP_GROUPS": top_groups,
         "TWO_PER_GROUP": sigmoid and group_size > 1, "SIGMOID": sigmoid, "NORMALISE": normalise,
         "GROUPS_PADDED": padded(groups), "GROUP_SIZE_PADDED": padded(group_size), "TOP_K_PADDED": padded(top_k),
     }  # fmt: skip

@@ -6,20 +6,37 @@ import torch
 import farskip_fused as ff
 from farskip_fused import reference
 from farskip_fused.kernels import protocol
-from tests.numerics import DEVICE, assert_close
+from tests.numerics import DEVICE, assert_close, relative_error
 
 # The interpreter has no bfloat16 dot; float16 takes the same path there.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 
 
+@pytest.fixture
+def slots(monkeypatch):
+    """A world of one through the slots, as larger worlds go."""
+    monkeypatch.setattr(ff.FusedExperts, "is_alone", False)
+    return ff.init(device=DEVICE)
+
+
 @pytest.fixture(params=["alone", "slots"])
 def memory(request):
-    return ff.init(device=DEVICE) if request.param == "slots" else None
+    return None if request.param == "alone" else request.getfixturevalue("slots")
 
 
-def make_experts(memory, hidden=48, intermediate=40, num_experts=8, top_k=3, dtype=torch.float32, max_tokens=64):
+def make_experts(
+    memory, hidden=48, intermediate=40, num_experts=8, top_k=3, dtype=torch.float32, max_tokens=64, **options
+):
     layer = ff.FusedExperts(
-        hidden, intermediate, num_experts, top_k, ep=memory, max_tokens=max_tokens, device=DEVICE, dtype=dtype
+        hidden,
+        intermediate,
+        num_experts,
+        top_k,
+        ep=memory,
+        max_tokens=max_tokens,
+        device=DEVICE,
+        dtype=dtype,
+        **options,
     )
     with torch.no_grad():
         for weight in layer.parameters():
@@ -33,13 +50,15 @@ def random_routing(tokens, num_experts, top_k):
     return index, torch.rand(tokens, top_k, device=DEVICE) + 0.1
 
 
-def check_against_reference(layer, hidden_states, index, weights):
+def check_against_reference(layer, hidden_states, index, weights, received=None):
+    """received: what the experts are given for the hidden states, where that differs."""
     dtype = layer.w13.dtype
+    received = hidden_states if received is None else received
     hidden_states.requires_grad_(), weights.requires_grad_()
     result = layer(hidden_states, index, weights)
     gradient = torch.randn_like(result)
     result.backward(gradient)
-    exact = [value.detach().double().requires_grad_() for value in (hidden_states, weights, layer.w13, layer.w2)]
+    exact = [value.detach().double().requires_grad_() for value in (received, weights, layer.w13, layer.w2)]
     expected = reference.experts(exact[0], index, exact[1], exact[2], exact[3])
     expected.backward(gradient.double())
     assert_close(result, expected, dtype)
@@ -113,8 +132,8 @@ def test_split_calls_equal_one_call_and_overlap_two_rounds(memory):
     assert torch.equal(second.finish(), whole[1])
 
 
-def test_more_rounds_in_flight_than_slots_are_refused():
-    layer = make_experts(ff.init(device=DEVICE))
+def test_more_rounds_in_flight_than_slots_are_refused(slots):
+    layer = make_experts(slots)
     arguments = (torch.randn(2, 48, device=DEVICE), *random_routing(2, 8, 3))
     pending = [layer.dispatch(*arguments), layer.dispatch(*arguments)]
     with pytest.raises(RuntimeError, match="oldest of 2 rounds in flight"):
@@ -125,14 +144,12 @@ def test_more_rounds_in_flight_than_slots_are_refused():
         pending[0].finish()
 
 
-def test_layers_of_one_shape_share_their_slots():
-    memory = ff.init(device=DEVICE)
-    layers = [ff.FusedExperts(32, 16, 4, 2, ep=memory, max_tokens=8) for _ in range(2)]
+def test_layers_of_one_shape_share_their_slots(slots):
+    layers = [ff.FusedExperts(32, 16, 4, 2, ep=slots, max_tokens=8) for _ in range(2)]
     for layer in layers:
         layer.setup()
-    assert len(memory.buffers) == 1
-    (slots,) = memory.buffers.values()
-    assert slots.buffer.memory.numel() == layers[0].size_hint()["total"]
+    (shared,) = slots.buffers.values()
+    assert shared.buffer.memory.numel() == layers[0].size_hint()["total"]
 
 
 def test_gradient_checkpointing_gives_the_same_gradients_step_after_step(memory):
@@ -151,11 +168,11 @@ def test_gradient_checkpointing_gives_the_same_gradients_step_after_step(memory)
             result.square().sum().backward()
             results.append((result, hidden_states.grad, layer.w13.grad.clone(), layer.w2.grad.clone()))
         assert all(torch.equal(plain, again) for plain, again in zip(*results, strict=True))
-    assert memory is None or not layer._slots.open_rounds
+    assert memory is None or not layer._exchange.slots.open_rounds
 
 
-def test_the_slot_of_an_unfinished_round_is_not_given_away():
-    layer = make_experts(ff.init(device=DEVICE))
+def test_the_slot_of_an_unfinished_round_is_not_given_away(slots):
+    layer = make_experts(slots)
     first, second, third = ((torch.randn(9, 48, device=DEVICE), *random_routing(9, 8, 3)) for _ in range(3))
     expected = layer(*first)
     pending = layer.dispatch(*first)
@@ -166,15 +183,79 @@ def test_the_slot_of_an_unfinished_round_is_not_given_away():
     layer(*third)
 
 
-def test_a_failed_context_gives_no_finite_gradient():
-    layer = make_experts(ff.init(device=DEVICE))
+def test_a_failed_context_gives_no_finite_gradient(slots):
+    layer = make_experts(slots)
     hidden_states = torch.randn(9, 48, device=DEVICE, requires_grad=True)
     result = layer(hidden_states, *random_routing(9, 8, 3))
-    layer._slots.context[protocol.FAILED.value] = 1  # as an expired wait leaves it, before the host has looked
+    layer._exchange.slots.context[protocol.FAILED.value] = 1  # as an expired wait leaves it, before the host has looked
     result.sum().backward()
     routed = layer.w13.grad.flatten(1).any(dim=1)
     assert not torch.isfinite(hidden_states.grad).any()
     assert routed.any() and not torch.isfinite(layer.w13.grad[routed]).all(dim=(1, 2)).any()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"keep_received": False}, {"combine": "presummed"}, {"keep_received": False, "combine": "presummed"}],
+    ids=str,
+)
+def test_every_way_of_exchanging_rows_gives_the_same_gradients(slots, options):
+    exchange = ff.ExchangeOptions(**options)
+    layer = make_experts(slots, exchange=exchange)
+    index, weights = random_routing(40, 8, 3)
+    index = torch.where(torch.rand(index.shape, device=DEVICE) < 0.2, -1, index)
+    check_against_reference(layer, torch.randn(40, 48, device=DEVICE), index, weights)
+
+
+@pytest.mark.parametrize("hidden", [128, 200])
+def test_rows_that_travel_as_fp8_differ_by_its_rounding(slots, hidden):
+    layer = make_experts(slots, hidden=hidden, exchange=ff.ExchangeOptions(fp8=True))
+    index, weights = random_routing(40, 8, 3)
+    hidden_states = torch.randn(40, hidden, device=DEVICE) * torch.logspace(-1, 1, 40, device=DEVICE)[:, None]
+    groups = torch.nn.functional.pad(hidden_states, (0, -hidden % 128)).unflatten(1, (-1, 128))
+    scale = groups.abs().amax(-1, keepdim=True) / 448
+    rounded = ((groups / scale).to(torch.float8_e4m3fn).float() * scale).flatten(1)[:, :hidden]
+    assert 0.005 < relative_error(hidden_states, rounded) < 0.04
+    check_against_reference(layer, hidden_states, index, weights, received=rounded)
+
+
+def test_more_pairs_than_a_layer_takes_are_refused(slots):
+    layer = make_experts(slots, exchange=ff.ExchangeOptions(max_pairs=50))
+    hidden_states = torch.randn(17, 48, device=DEVICE)
+    layer(hidden_states[:16], *random_routing(16, 8, 3))
+    with pytest.raises(ff.UsageError, match=r"51 \(token, expert\) pairs and can take 50; raise max_pairs"):
+        layer(hidden_states, *random_routing(17, 8, 3))
+        slots.synchronize()
+
+
+def test_shared_output_and_residual_are_added_as_separate_additions_would(memory):
+    layer = make_experts(memory, dtype=torch.float16)
+    index, weights = random_routing(20, 8, 3)
+    hidden, shared, residual = (torch.randn(20, 48, device=DEVICE, dtype=torch.float16) for _ in range(3))
+    shared.requires_grad_(), residual.requires_grad_()
+    result = layer.dispatch(hidden, index, weights).finish(shared=shared, residual=residual)
+    assert torch.equal(result, residual + (layer(hidden, index, weights) + shared))
+    gradient = torch.randn_like(result)
+    result.backward(gradient)
+    assert torch.equal(shared.grad, gradient) and torch.equal(residual.grad, gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_gradients_are_added_to_main_gradients(memory, dtype):
+    layer = make_experts(memory, accumulate_into_main_grad=True, dtype=torch.float16)
+    plain = make_experts(memory, dtype=torch.float16)
+    plain.load_state_dict(layer.state_dict())
+    arguments = (torch.randn(20, 48, device=DEVICE, dtype=torch.float16), *random_routing(20, 8, 3))
+    before = {}
+    for name, weight in layer.named_parameters():
+        weight.main_grad = torch.randn_like(weight, dtype=dtype)
+        before[name] = weight.main_grad.clone()
+    for each in (layer, plain):
+        each(*arguments).sum().backward()
+    for name, weight in layer.named_parameters():
+        assert weight.grad is None
+        added = getattr(plain, name).grad.double() + before[name].double()
+        assert_close(weight.main_grad, added, torch.float16)
 
 
 def test_unaligned_slices_are_ordinary_input(memory):
@@ -250,8 +331,8 @@ class TestBadInput:
             layer(hidden_states.to(DEVICE), index.to(DEVICE), weights.to(DEVICE))
 
     @pytest.mark.parametrize("wrong", [8, -2, 1000])
-    def test_expert_ids_out_of_range_are_named(self, wrong):
-        layer = make_experts(ff.init(device=DEVICE), max_tokens=8)
+    def test_expert_ids_out_of_range_are_named(self, slots, wrong):
+        layer = make_experts(slots, max_tokens=8)
         index = torch.tensor([[0, 1, wrong]], device=DEVICE)
         with pytest.raises(ff.UsageError, match="from 0 to 7"):
             layer(torch.zeros(1, 48, device=DEVICE), index, torch.ones(1, 3, device=DEVICE))

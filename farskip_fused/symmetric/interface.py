@@ -27,7 +27,9 @@ class SymmetricBuffer(NamedTuple):
 class SymmetricMemory(ABC):
     """Memory that all ranks of a group can store to; made by ``farskip_fused.init``.
 
-    Attributes: backend (name), rank, world, device, timeout (seconds a wait may last).
+    Attributes: backend (name), rank, world, device, timeout (seconds a wait may last); stream, where communication is
+    launched, None on CPU; link_rate, bytes a microsecond to which stores to peers are paced, so that ranks of one GPU
+    see a slower link: for benchmarks alone, set before the first layer is set up, None for as fast as they go.
     """
 
     backend: str
@@ -42,7 +44,10 @@ class SymmetricMemory(ABC):
 
         self.rank, self.world, self.device, self.timeout = rank, world, device, timeout
         self.status = StatusBlock()
+        self.stream: torch.cuda.Stream | None = None
+        self.link_rate: int | None = None
         if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device)
             torch.cuda.current_stream(device).synchronize()  # the context must exist before memory is mapped into it
             self.status.map_for_device()
         self.buffers: dict[Any, Any] = {}  # slots by shape, see slots.py
@@ -80,10 +85,11 @@ class SymmetricMemory(ABC):
                 f"Rank {report['rank']} was given expert id {report['seen']} and there are {report['expected']} "
                 f"experts; ids must be from 0 to {report['expected'] - 1}, or -1 for not routed."
             )
-        if report["code"] == protocol.CODE_REPEATED_EXPERT.value:
+        if report["code"] == protocol.CODE_TOO_MANY_ENTRIES.value:
             raise UsageError(
-                f"Rank {report['rank']} received {report['seen']} expert entries where distinct experts give at most "
-                f"{report['expected']}; the top-k expert ids of a token must differ from each other."
+                f"The experts of rank {report['rank']} were given {report['seen']} (token, expert) pairs and can take "
+                f"{report['expected']}; raise max_pairs. If it was not given, ids repeat within a token's top-k: they "
+                "must differ from each other."
             )
         phase = protocol.PHASE_NAMES[report["phase"]]
         raise PeerTimeout(

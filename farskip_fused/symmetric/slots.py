@@ -10,6 +10,7 @@ from torch import Tensor
 
 from farskip_fused.errors import UsageError
 from farskip_fused.kernels import protocol
+from farskip_fused.kernels.dispatch import SCALE_COLUMNS
 from farskip_fused.symmetric.interface import SymmetricMemory
 
 ALIGNMENT = 256
@@ -21,7 +22,8 @@ class SlotShape:
     """What the slots must hold.
 
     max_tokens: tokens a rank, at most. depth: rounds in flight, at least 2: dispatch of one layer overlaps combine of
-    the layer before.
+    the layer before. planes: rows of a token that a round carries, 2 where backward dispatches the inputs again beside
+    the gradients. fp8: whether rows may travel as e4m3 with a scale for each 128 columns.
     """
 
     max_tokens: int
@@ -29,6 +31,8 @@ class SlotShape:
     top_k: int
     dtype: torch.dtype
     depth: int = MINIMUM_DEPTH
+    planes: int = 1
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         if self.depth < MINIMUM_DEPTH:
@@ -42,14 +46,17 @@ class SlotShape:
         arriving = self.depth * world * self.max_tokens
         leaving = self.depth * self.max_tokens * self.top_k
         row = self.hidden_size * self.dtype.itemsize
+        scales = -(-self.hidden_size // SCALE_COLUMNS) * 4 if self.fp8 else 0
         flags = self.depth * world * 8
         sizes = {
-            "dispatch_rows": arriving * row,
+            "dispatch_rows": self.planes * arriving * row,
+            "dispatch_scales": self.planes * arriving * scales,
             "dispatch_experts": arriving * self.top_k * 4,
-            "dispatch_tokens": arriving * 4,
             "dispatch_weights": arriving * self.top_k * 4,
             "dispatch_counts": self.depth * world * 4,
-            "dispatch_arrival": flags,
+            "row_arrival": self.planes * arriving * 4,
+            "routing_arrival": flags,
+            "rows_arrival": self.planes * flags,
             "dispatch_credit": flags,
             "combine_rows": leaving * row,
             "combine_scalars": leaving * 4,
@@ -60,19 +67,20 @@ class SlotShape:
 
 
 class Ticket(NamedTuple):
-    """A round. number: its place among this process's rounds; epoch: [1] int64 on the device, written by a kernel.
+    """A round. number: its place among this process's rounds; words: [TICKET_WORDS] int64 on the device, its epoch and
+    where its slot lies, written by a kernel.
 
-    The two differ once a CUDA graph is replayed: the host's number stays, the epoch goes on.
+    Number and epoch differ once a CUDA graph is replayed: the host's number stays, the epoch goes on.
     """
 
     number: int
-    epoch: Tensor
+    words: Tensor
 
 
 class Slots:
     """Allocated slots of one shape; every layer of a model that has this shape uses the same ones.
 
-    context: int64 device tensor, see ``kernels/protocol.py``.
+    context: int64 device tensor, see ``kernels/protocol.py``. rows: the region of dispatched rows, [., H].
     """
 
     def __init__(self, memory: SymmetricMemory, shape: SlotShape) -> None:
@@ -86,12 +94,18 @@ class Slots:
         words[protocol.WORLD.value] = memory.world
         words[protocol.DEPTH.value] = shape.depth
         words[protocol.MAX_TOKENS.value] = shape.max_tokens
+        words[protocol.PLANES.value] = shape.planes
+        words[protocol.LINK_RATE.value] = memory.link_rate or 0
         offset = 0
         for word, size in enumerate(regions.values(), start=protocol.DISPATCH_ROWS.value):
             words[word] = offset
             offset += size
         words[protocol.PEERS.value :] = self.buffer.addresses
         self.context = torch.tensor(words, dtype=torch.int64, device=memory.device)
+        first = words[protocol.DISPATCH_ROWS.value]
+        rows = self.buffer.memory[first : first + regions["dispatch_rows"]].view(shape.dtype)
+        whole = rows.numel() // shape.hidden_size
+        self.rows = rows[: whole * shape.hidden_size].view(whole, shape.hidden_size)
         self._opened = 0
         self.open_rounds: set[int] = set()
 
@@ -107,9 +121,9 @@ class Slots:
             )
         self._opened = number
         self.open_rounds.add(number)
-        epoch = torch.empty(1, dtype=torch.int64, device=self.memory.device)
-        protocol.open_round(self.context, epoch)
-        return Ticket(number, epoch)
+        words = torch.empty(protocol.TICKET_WORDS, dtype=torch.int64, device=self.memory.device)
+        protocol.open_round(self.context, words)
+        return Ticket(number, words)
 
     def close_round(self, ticket: Ticket) -> None:
         self.open_rounds.remove(ticket.number)

@@ -59,40 +59,29 @@ def check(found, experts, num_experts, valid=None):
     assert found.tiles.cpu()[: len(tiles)].tolist() == tiles
 
 
-def received_layout(context, experts, received, rows_per_source, num_experts):
+def received_layout(context, experts, num_experts):
+    """Sort local ids [R, K] as a receiver does, from counts that it has taken on the way."""
     capacity = experts.shape[0] * min(experts.shape[1], num_experts)
-    received = torch.tensor(received, dtype=torch.int32, device=DEVICE)
-    return layout.expert_layout(
-        context, experts.to(DEVICE), received, rows_per_source, num_experts, capacity, TILE_ROWS
-    )  # fmt: skip
+    block_entries = layout.block_entries_of(experts.numel())
+    blocks = experts.flatten().split(block_entries) or [experts.flatten()]
+    counts = [torch.bincount(block[block >= 0], minlength=num_experts) for block in blocks]
+    block_counts = torch.stack(counts).to(DEVICE, torch.int32)
+    return layout.sort_received(context, experts.to(DEVICE), block_counts, block_entries, capacity, TILE_ROWS)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 37, 1500])
 def test_received_entries_are_sorted_as_the_extension_sorts_them(context, tokens):
     experts = random_experts(tokens, 8, 3)
-    found = received_layout(context, experts, [tokens], max(tokens, 1), 8)
+    found = received_layout(context, experts, 8)
     check(found, experts, 8)
     counts, order = _C.layout(experts.numpy(), 8)
     assert np.array_equal(found.offsets.diff().cpu().numpy(), counts)
     assert np.array_equal(found.order.cpu().numpy()[: len(order)], order)
 
 
-def test_rows_that_did_not_arrive_are_left_out(context):
-    experts, received = random_experts(2000, 8, 3), torch.tensor([7, 0, 500, 3])  # of four sources with 500 rows each
-    found = received_layout(context, experts, received.tolist(), 500, 8)
-    row = torch.arange(2000)
-    check(found, experts, 8, valid=row % 500 < received[row // 500])
-
-
-def test_a_failed_context_routes_nothing(context):
-    context[protocol.FAILED.value] = 1
-    experts = random_experts(600, 8, 3)
-    check(received_layout(context, experts, [600], 600, 8), torch.full_like(experts, -1), 8)
-
-
-def test_repeated_experts_beyond_the_capacity_fail_the_context(context):
+def test_more_entries_than_the_capacity_fail_the_context_and_route_nothing(context):
     experts = torch.zeros(600, 3, dtype=torch.int32)  # three times the one expert there is
-    found = received_layout(context, experts, [600], 600, 1)
+    found = received_layout(context, experts, 1)
     check(found, torch.full_like(experts, -1), 1)
     assert int(context[protocol.FAILED.value]) == 1
 
@@ -123,25 +112,3 @@ def test_extreme_ids_are_not_routed():
     limits = torch.iinfo(torch.int32)
     experts = torch.tensor([[limits.min, 0, limits.max], [7, 8, -1]], dtype=torch.int32)
     check(layout.local_layout(experts.to(DEVICE), 8, TILE_ROWS), experts, 8)
-
-
-@pytest.mark.parametrize("tokens", [0, 5, 1700])
-def test_a_row_goes_once_to_each_rank_in_token_order(context, tokens):
-    world, local = 4, 2
-    context[protocol.WORLD.value] = world  # positions and counts take nothing else from the context
-    experts = random_experts(tokens, world * local, 3)
-    positions, counts = layout.send_layout(context, experts.to(DEVICE), world, local)
-    for peer in range(world):
-        wanted = ((experts >= 0) & (experts // local == peer)).any(dim=1)
-        expected = torch.where(wanted, wanted.cumsum(0) - 1, -1)
-        assert torch.equal(positions[:, peer].cpu().long(), expected)
-        assert int(counts[peer]) == int(wanted.sum())
-    assert int(context[protocol.FAILED.value]) == 0
-
-
-@pytest.mark.parametrize("wrong", [8, -2])
-def test_an_id_out_of_range_fails_the_context_of_the_sender(context, wrong):
-    experts = random_experts(900, 8, 3)
-    experts[700, 1] = wrong
-    layout.send_layout(context, experts.to(DEVICE), 1, 8)
-    assert int(context[protocol.FAILED.value]) == 1

@@ -10,19 +10,24 @@ RUNGS = [pytest.param("cpu", marks=pytest.mark.rung2), pytest.param("cuda", mark
 
 
 @pytest.mark.parametrize("device", RUNGS)
-@pytest.mark.parametrize(("world", "rounds"), [(2, 8), (4, 4)])
-def test_ranks_compute_bitwise_what_one_rank_computes_under_skew(device, world, rounds):
+@pytest.mark.parametrize(
+    ("world", "rounds", "options"),
+    [(2, 8, {}), (4, 4, {}), (2, 8, {"keep_received": False}), (2, 8, {"combine": "presummed"})],
+    ids=["2 ranks", "4 ranks", "dispatched again", "presummed"],
+)
+def test_ranks_compute_what_one_rank_computes_under_skew(device, world, rounds, options):
     rounds = rounds if device == "cpu" else 10 * rounds
     outcomes = run_ranks(
-        rank_programs.compare_with_world_of_one, world, rounds, torch.float32, 0.05, device=device, wait_timeout=30.0
-    )
+        rank_programs.compare_with_world_of_one, world, rounds, torch.float32, 0.05, options,
+        device=device, wait_timeout=30.0,
+    )  # fmt: skip
     assert [outcome["rank"] for outcome in outcomes] == list(range(world))
 
 
 @pytest.mark.rung3
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_on_the_gpu(dtype):
-    run_ranks(rank_programs.compare_with_world_of_one, 2, 40, dtype, 0.01, device="cuda", wait_timeout=30.0)
+    run_ranks(rank_programs.compare_with_world_of_one, 2, 40, dtype, 0.01, {}, device="cuda", wait_timeout=30.0)
 
 
 @pytest.mark.parametrize("device", RUNGS)
