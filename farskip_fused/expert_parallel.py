@@ -138,14 +138,17 @@ class Flight:
             exchange.num_local_experts, exchange.capacity, exchange.tile_rows,
         )  # fmt: skip
 
-    def keep_rows(self) -> Tensor:
+    def keep_rows(self, received: Received) -> Tensor:
         """Copy the rows out of the slot, on the communication stream; ``mark`` then marks the copy."""
         exchange, shape = self.exchange, self.exchange.slots.shape
         rows = exchange.world * shape.max_tokens
         kept = torch.empty(rows, shape.hidden_size, dtype=shape.dtype, device=exchange.context.device)
         with exchange.beside():
             dispatch.wait_rows(exchange.context, self.ticket.words, exchange.world)
-            dispatch.keep_rows(exchange.context, self.ticket.words, kept, programs=exchange.programs, fp8=exchange.fp8)
+            dispatch.keep_rows(
+                exchange.context, self.ticket.words, received.experts, kept,
+                programs=exchange.programs, fp8=exchange.fp8,
+            )  # fmt: skip
         self.mark = exchange.mark()
         return kept
 
@@ -228,7 +231,7 @@ class _Experts(torch.autograd.Function):
         slot: SlotRows | None = SlotRows(exchange.context, words, exchange.world)
         kept = w13.new_empty(0)
         if exchange.fp8 or (exchange.keep_received and ctx.needs_input_grad[1]):
-            kept = flight.keep_rows()
+            kept = flight.keep_rows(received)
         rows = exchange.slots.rows
         if exchange.fp8:
             flight.landed()

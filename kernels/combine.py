@@ -101,7 +101,7 @@ def _push_sums(
                 column = column_start + tl.arange(0, BLOCK_HIDDEN)
                 in_row = column < HIDDEN
                 total = tl.zeros((BLOCK_ROWS, BLOCK_HIDDEN), tl.float32)
-                for k in range(TOP_K):
+                for k in tl.static_range(TOP_K):  # all loads in flight at once
                     entry = row.to(tl.int64) * TOP_K + k
                     place = tl.load(places + entry, mask=here, other=-1).to(tl.int64)
                     mask = (place >= 0)[:, None] & in_row[None, :]
@@ -136,7 +136,7 @@ def _sum(
         ids = tl.load(experts + token[:, None] * TOP_K + k[None, :], mask=ids_mask, other=-1)
         ranks = _count_ranks(ids, tl.load(context + WORLD), PRESUMMED_BY)
     total = tl.zeros((BLOCK_TOKENS, BLOCK_HIDDEN), tl.float32)
-    for k in range(TOP_K):
+    for k in tl.static_range(TOP_K):
         if PRESUMMED_BY > 0:
             arrived = in_range & (k < ranks)
         else:

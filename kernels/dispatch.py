@@ -131,8 +131,8 @@ def _push_rows(
             expert = tl.load(experts + entry, mask=in_range, other=0)
             peer = expert // NUM_LOCAL_EXPERTS
             # The token's first expert at a rank sends the row; its others there find it.
-            mask = in_range[:, None] & (k < TOP_K)[None, :]
-            other = tl.load(experts + token[:, None] * TOP_K + k[None, :], mask=mask, other=-1)
+            exists = in_range[:, None] & (k < TOP_K)[None, :]
+            other = tl.load(experts + token[:, None] * TOP_K + k[None, :], mask=exists, other=-1)
             at_peer = (other >= 0) & (other // NUM_LOCAL_EXPERTS == peer[:, None])
             leads = in_range & (tl.min(tl.where(at_peer, other, 2147483647), axis=1) == expert)
             row = first_row + token
@@ -193,29 +193,28 @@ def _take_routing(
 
 @triton.jit
 def _keep_rows(
-    context, ticket, kept,
-    HIDDEN: tl.constexpr, PLANE: tl.constexpr, FP8: tl.constexpr,
+    context, ticket, experts, kept,
+    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr, FP8: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
 ):  # fmt: skip
     rank = tl.load(context + RANK)
     rows = tl.load(context + WORLD) * tl.load(context + MAX_TOKENS)
-    first_row = tl.load(ticket + TICKET_FIRST_ROW + PLANE)
-    epoch = tl.load(ticket).to(tl.int32)
+    first_row = tl.load(ticket + TICKET_FIRST_ROW)
+    k = tl.arange(0, TOP_K_PADDED)
     element: tl.constexpr = tl.float8e4nv if FP8 else kept.dtype.element_ty
     NARROWING: tl.constexpr = kept.dtype.element_ty.primitive_bitwidth // element.primitive_bitwidth
     SCALES_PER_ROW: tl.constexpr = (HIDDEN + _SCALE_COLUMNS - 1) // _SCALE_COLUMNS
-    flags = own_region(context, ROW_ARRIVAL, tl.int32)
     for start in range(tl.program_id(0) * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS).to(tl.int64)
-        taken = first_row + row
-        arrived = (row < rows) & (tl.load(flags + taken, mask=row < rows, other=0) == epoch)
-        source = row_pointers(context, rank, DISPATCH_ROWS, taken, HIDDEN * NARROWING, element)
+        exists = (row < rows)[:, None] & (k < TOP_K)[None, :]
+        arrived = tl.max(tl.load(experts + row[:, None] * TOP_K + k[None, :], mask=exists, other=-1), axis=1) >= 0
+        source = row_pointers(context, rank, DISPATCH_ROWS, first_row + row, HIDDEN * NARROWING, element)
         for column_start in range(0, HIDDEN, BLOCK_HIDDEN):
             column = column_start + tl.arange(0, BLOCK_HIDDEN)
             mask = arrived[:, None] & (column < HIDDEN)[None, :]
             values = tl.load(source[:, None] + column[None, :], mask=mask)
             if FP8:
-                scales = row_pointers(context, rank, DISPATCH_SCALES, taken, SCALES_PER_ROW, tl.float32)
+                scales = row_pointers(context, rank, DISPATCH_SCALES, first_row + row, SCALES_PER_ROW, tl.float32)
                 scale = tl.load(scales[:, None] + (column // _SCALE_COLUMNS)[None, :], mask=mask)
                 values = (values.to(tl.float32) * scale).to(kept.dtype.element_ty)
             tl.store(kept + row[:, None] * HIDDEN + column[None, :], values, mask=mask)
@@ -301,12 +300,17 @@ def wait_rows(context: Tensor, ticket: Tensor, world: int, plane: int = 0) -> No
     wait_arrival(context, ticket, world, ROWS_ARRIVAL, plane)
 
 
-def keep_rows(context: Tensor, ticket: Tensor, kept: Tensor, *, programs: int, fp8: bool = False) -> None:
-    """Copy the rows of the slot into ``kept`` [R, H], after ``wait_rows``; rows that did not come are left alone."""
-    hidden = kept.shape[1]
+def keep_rows(
+    context: Tensor, ticket: Tensor, experts: Tensor, kept: Tensor, *, programs: int, fp8: bool = False
+) -> None:
+    """Copy the rows of the slot into ``kept`` [R, H], after ``wait_rows``; rows that did not come are left alone.
+
+    experts: [R, K] of ``Received``. fp8: the rows travelled as e4m3, and are widened.
+    """
+    hidden, top_k = kept.shape[1], experts.shape[1]
     _keep_rows[(programs,)](
-        context, ticket, kept, HIDDEN=hidden, PLANE=0, FP8=fp8,
-        BLOCK_ROWS=ROWS_AT_ONCE, BLOCK_HIDDEN=_columns_at_once(hidden), num_warps=WARPS,
+        context, ticket, experts, kept, HIDDEN=hidden, TOP_K=top_k, TOP_K_PADDED=padded(top_k), FP8=fp8,
+        BLOCK_ROWS=ROWS_AT_ONCE // 2, BLOCK_HIDDEN=_columns_at_once(hidden), num_warps=WARPS,
     )  # fmt: skip
 
 

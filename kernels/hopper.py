@@ -187,7 +187,7 @@ if HAS_GLUON:
             st.relaxed.sys.global.b64 [$4], 1;
             done:
             }""",
-            "=r,l,r,l,l", [base + row * 4, epoch, deadline, expired], dtype=gl.int32, is_pure=False, pack=1,
+            "=&r,l,r,l,l", [base + row * 4, epoch, deadline, expired], dtype=gl.int32, is_pure=False, pack=1,
         )  # fmt: skip
 
     @gluon.jit

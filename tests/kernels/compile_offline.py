@@ -25,6 +25,7 @@ from farskip_fused.kernels import (
     hopper,
     hopper_down_gradient,
     hopper_forward,
+    hopper_to_owner,
     hopper_weight_gradient,
 )
 from farskip_fused.kernels.tiles import choose_tile
@@ -61,22 +62,24 @@ def hopper_variants(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
     weights, parts = torch.zeros(TOKENS, TOP_K), torch.zeros(entries, 6)
     tile = {"STAGES": 3, "num_warps": 4, "grid": (132,)}
     rows_box = hopper.matrix(rows, hopper.TILE_ROWS, hopper.DEPTH)
-    for top_k in (TOP_K, 0):
+    context = torch.zeros(64, dtype=torch.int64)
+    for top_k, in_slot in ((TOP_K, False), (0, False), (TOP_K, True)):
         for keep in (True, False):
             yield (
-                f"up_swiglu top_k={top_k} keep={keep}",
+                f"up_swiglu top_k={top_k} keep={keep} in_slot={in_slot}",
                 hopper_forward.up_swiglu_kernel.warmup(
-                    rows, rows_box, index, index, index, hopper.matrix(w13, hopper.TILE_COLUMNS // 2, hopper.DEPTH),
-                    hopper.clipped(gate_up), activated,
-                    HIDDEN=HIDDEN, INTERMEDIATE=INTERMEDIATE, TOP_K=top_k, KEEP=keep, **tile,
+                    context, context, rows, rows_box, index, index, index,
+                    hopper.matrix(w13, hopper.TILE_COLUMNS // 2, hopper.DEPTH), hopper.clipped(gate_up), activated,
+                    HIDDEN=HIDDEN, INTERMEDIATE=INTERMEDIATE, TOP_K=top_k, KEEP=keep, IN_SLOT=in_slot, **tile,
                 ),
             )  # fmt: skip
         yield (
-            f"down_gradient top_k={top_k}",
+            f"down_gradient top_k={top_k} in_slot={in_slot}",
             hopper_down_gradient.down_gradient_kernel.warmup(
-                rows, rows_box, weights, index, index, index, hopper.matrix(w2, hopper.DEPTH, hopper.TILE_COLUMNS),
-                hopper.matrix(gate_up, 32, hopper.CHUNK), gate_up, activated, parts,
-                HIDDEN=HIDDEN, INTERMEDIATE=INTERMEDIATE, TOP_K=top_k, **tile,
+                context, context, rows, rows_box, weights, index, index, index,
+                hopper.matrix(w2, hopper.DEPTH, hopper.TILE_COLUMNS), hopper.matrix(gate_up, 32, hopper.CHUNK),
+                gate_up, activated, parts,
+                HIDDEN=HIDDEN, INTERMEDIATE=INTERMEDIATE, TOP_K=top_k, IN_SLOT=in_slot, **tile,
             ),
         )  # fmt: skip
     for inputs, weight, transposed in ((activated, w2, False), (gate_up, w13, True)):
@@ -89,6 +92,15 @@ def hopper_variants(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
                 DEPTH_SIZE=inputs.shape[1], COLUMNS=HIDDEN, TRANSPOSED=transposed, **tile,
             ),
         )  # fmt: skip
+        for paced in (False, True):
+            yield (
+                f"project_to_owner transposed={transposed} paced={paced}",
+                hopper_to_owner.project_to_owner_kernel.warmup(
+                    context, context, hopper.matrix(inputs, hopper.TILE_ROWS, hopper.DEPTH), index, index, index,
+                    hopper.matrix(weight, *box),
+                    DEPTH_SIZE=inputs.shape[1], HIDDEN=HIDDEN, TRANSPOSED=transposed, TOP_K=TOP_K, PACED=paced, **tile,
+                ),
+            )  # fmt: skip
     for ordered, transposed in ((activated, False), (gate_up, True)):
         for main_dtype in (None, torch.float32, dtype):
             result = torch.zeros(EXPERTS, HIDDEN, ordered.shape[1], dtype=main_dtype or dtype)
@@ -96,10 +108,11 @@ def hopper_variants(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
             yield (
                 f"weight_gradient transposed={transposed} into={main_dtype}",
                 hopper_weight_gradient.weight_gradient_kernel.warmup(
-                    rows, hopper.clipped(ordered, hopper.TILE_COLUMNS), index, index,
+                    context, rows, hopper.clipped(ordered, hopper.TILE_COLUMNS), index, index,
                     hopper.matrix(staged, hopper.CHUNK, hopper.CHUNK), result,
                     EXPERTS=EXPERTS, LEFT_SIZE=HIDDEN, RIGHT_SIZE=ordered.shape[1], TOP_K=TOP_K,
-                    TRANSPOSED=transposed, ACCUMULATE=main_dtype is not None, **tile,
+                    TRANSPOSED=transposed, ACCUMULATE=main_dtype is not None,
+                    PLANE=-1 if main_dtype is None else 0, **tile,
                 ),
             )  # fmt: skip
 
@@ -116,7 +129,7 @@ def plain_variants(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
         yield (
             f"plain up_swiglu rows={rows}",
             experts._up_swiglu.warmup(
-                dtype, index, index, index, dtype, dtype, dtype,
+                dtype, torch.int64, index, index, index, dtype, dtype, dtype,
                 HIDDEN=HIDDEN, INTERMEDIATE=INTERMEDIATE, TOP_K=TOP_K, KEEP=True, **blocks,
             ),
         )  # fmt: skip
@@ -131,7 +144,7 @@ def plain_variants(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
         yield (
             f"plain down_gradient rows={rows}",
             experts_backward._down_gradient_swiglu.warmup(
-                dtype, torch.float32, index, index, index, dtype, dtype, dtype, dtype, torch.float32,
+                dtype, torch.int64, torch.float32, index, index, index, dtype, dtype, dtype, dtype, torch.float32,
                 HIDDEN=HIDDEN, INTERMEDIATE=INTERMEDIATE, TOP_K=TOP_K, COLUMN_TILES=11, **blocks,
             ),
         )  # fmt: skip
