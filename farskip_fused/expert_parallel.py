@@ -25,7 +25,7 @@ from farskip_fused.kernels.dispatch import Received, SendOrder
 from farskip_fused.kernels.experts_to_owner import project_to_owner
 from farskip_fused.kernels.layout import Layout
 from farskip_fused.kernels.machine import aligned
-from farskip_fused.kernels.protocol import SlotRows
+from farskip_fused.kernels.protocol import Round, SlotRows
 from farskip_fused.local_experts import add_extras
 from farskip_fused.symmetric.slots import Slots, Ticket
 
@@ -51,17 +51,10 @@ class Exchange:
     presummed: bool = False
     fp8: bool = False
 
-    @property
-    def context(self) -> Tensor:
-        return self.slots.context
-
-    @property
-    def world(self) -> int:
-        return self.slots.memory.world
-
-    @property
-    def paced(self) -> bool:
-        return self.slots.memory.link_rate is not None
+    def open_round(self) -> tuple[Ticket, Round]:
+        ticket, memory = self.slots.open_round(), self.slots.memory
+        paced = memory.link_rate is not None
+        return ticket, Round(self.slots.context, ticket.words, memory.world, self.programs, paced, memory.puts)
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -79,12 +72,6 @@ class Exchange:
         stream = self.slots.memory.stream
         return None if stream is None else stream.record_event()
 
-    def send(self, ticket: Ticket, rows: Tensor, order: SendOrder, plane: int = 0, fp8: bool = False) -> None:
-        dispatch.send_rows(
-            self.context, ticket.words, rows, order, self.world, self.num_local_experts,
-            programs=self.programs, plane=plane, fp8=fp8, paced=self.paced,
-        )  # fmt: skip
-
 
 def join(mark: torch.cuda.Event | None) -> None:
     """Let this stream wait for what was marked."""
@@ -98,8 +85,8 @@ class Flight:
     def __init__(self, exchange: Exchange, top_k_index: Tensor) -> None:
         self.exchange = exchange
         self.top_k_index = top_k_index
-        self.ticket = exchange.slots.open_round()
-        self.gradient_ticket = self.ticket  # that of the round which carries the gradients, once it is open
+        self.ticket, self.round = exchange.open_round()
+        self.gradient_ticket, self.gradient_round = self.ticket, self.round  # those of the gradients, once they travel
         self.order: SendOrder | None = None
         self.combined: Tensor | None = None
         # Rows that leave must stay alive until they have left, which ``mark`` marks.
@@ -108,47 +95,42 @@ class Flight:
 
     def send(self, hidden_states: Tensor, top_k_weights: Tensor) -> None:
         """Launch the dispatch of [T, H] with its routing."""
-        exchange, words = self.exchange, self.ticket.words
+        exchange, local = self.exchange, self.exchange.num_local_experts
         with exchange.beside():
-            dispatch.wait_to_send(exchange.context, words, exchange.world)
-            self.order = dispatch.send_routing(
-                exchange.context, words, self.top_k_index, top_k_weights, exchange.world, exchange.num_local_experts
-            )
-            exchange.send(self.ticket, hidden_states, self.order, fp8=exchange.fp8)
+            dispatch.wait_to_send(self.round)
+            self.order = dispatch.send_routing(self.round, self.top_k_index, top_k_weights, local)
+            dispatch.send_rows(self.round, hidden_states, self.order, local, fp8=exchange.fp8)
         self.leaving, self.mark = (hidden_states, top_k_weights), exchange.mark()
 
     def send_gradient(self, gradient: Tensor, hidden_states: Tensor | None) -> None:
         """Launch the dispatch of gradients [T, H] along the same layout; of the hidden states again where given."""
-        exchange = self.exchange
+        exchange, local = self.exchange, self.exchange.num_local_experts
         assert self.order is not None
-        self.gradient_ticket = exchange.slots.open_round()
+        self.gradient_ticket, self.gradient_round = exchange.open_round()
         with exchange.beside():
-            dispatch.wait_to_send(exchange.context, self.gradient_ticket.words, exchange.world)
-            exchange.send(self.gradient_ticket, gradient, self.order)
+            dispatch.wait_to_send(self.gradient_round)
+            dispatch.send_rows(self.gradient_round, gradient, self.order, local)
             if hidden_states is not None:
-                exchange.send(self.gradient_ticket, hidden_states, self.order, plane=1)
+                dispatch.send_rows(self.gradient_round, hidden_states, self.order, local, plane=1)
         self.leaving = (gradient,) if hidden_states is None else (gradient, hidden_states)
         self.mark = exchange.mark()
 
     def receive(self) -> tuple[Received, Layout]:
         """Wait for the routing of all ranks and sort it."""
         exchange = self.exchange
+        max_tokens = exchange.slots.shape.max_tokens
         return dispatch.receive_routing(
-            exchange.context, self.ticket.words, exchange.world, exchange.slots.shape.max_tokens, exchange.top_k,
-            exchange.num_local_experts, exchange.capacity, exchange.tile_rows,
-        )  # fmt: skip
+            self.round, max_tokens, exchange.top_k, exchange.num_local_experts, exchange.capacity, exchange.tile_rows
+        )
 
     def keep_rows(self, received: Received) -> Tensor:
         """Copy the rows out of the slot, on the communication stream; ``mark`` then marks the copy."""
         exchange, shape = self.exchange, self.exchange.slots.shape
-        rows = exchange.world * shape.max_tokens
-        kept = torch.empty(rows, shape.hidden_size, dtype=shape.dtype, device=exchange.context.device)
+        rows = self.round.world * shape.max_tokens
+        kept = torch.empty(rows, shape.hidden_size, dtype=shape.dtype, device=self.round.context.device)
         with exchange.beside():
-            dispatch.wait_rows(exchange.context, self.ticket.words, exchange.world)
-            dispatch.keep_rows(
-                exchange.context, self.ticket.words, received.experts, kept,
-                programs=exchange.programs, fp8=exchange.fp8,
-            )  # fmt: skip
+            dispatch.wait_rows(self.round)
+            dispatch.keep_rows(self.round, received.experts, kept, fp8=exchange.fp8)
         self.mark = exchange.mark()
         return kept
 
@@ -159,12 +141,11 @@ class Flight:
 
     def finish(self, weights: Tensor, hidden: int, dtype: torch.dtype, extras: Extras | None = None) -> Tensor:
         """Wait for the round's results, sum them and end the round."""
-        exchange, words = self.exchange, self.ticket.words
-        result, _ = combine.combine_wait(
-            exchange.context, words, exchange.world, self.top_k_index, None if exchange.presummed else weights, hidden,
-            dtype, exchange.num_local_experts if exchange.presummed else 0, extras,
-        )  # fmt: skip
-        combine.release(exchange.context, words, exchange.world)
+        exchange = self.exchange
+        presummed_by = exchange.num_local_experts if exchange.presummed else 0
+        factors = None if exchange.presummed else weights
+        result, _ = combine.combine_wait(self.round, self.top_k_index, factors, hidden, dtype, presummed_by, extras)
+        combine.release(self.round)
         exchange.slots.close_round(self.ticket)
         return result
 
@@ -188,13 +169,11 @@ class _Dispatch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, token: Tensor) -> tuple[Tensor, Tensor, None]:
         flight: Flight = ctx.flight
-        exchange, words = flight.exchange, flight.gradient_ticket.words
+        exchange, round_ = flight.exchange, flight.gradient_round
         presummed_by = exchange.num_local_experts if exchange.presummed else 0
-        gradient, _ = combine.combine_wait(
-            exchange.context, words, exchange.world, flight.top_k_index, None, ctx.hidden, ctx.dtype, presummed_by
-        )
-        weights_gradient = combine.take_weight_gradients(exchange.context, words, flight.top_k_index)
-        combine.release(exchange.context, words, exchange.world)
+        gradient, _ = combine.combine_wait(round_, flight.top_k_index, None, ctx.hidden, ctx.dtype, presummed_by)
+        weights_gradient = combine.take_weight_gradients(round_, flight.top_k_index)
+        combine.release(round_)
         exchange.slots.close_round(flight.gradient_ticket)
         flight.check()
         return gradient, weights_gradient, None
@@ -225,10 +204,10 @@ class _Experts(torch.autograd.Function):
         ctx: Any, token: Tensor, w13: Tensor, w2: Tensor, top_k_weights: Tensor, flight: Flight,
         main_grads: Sequence[Tensor | None],
     ) -> Tensor:  # fmt: skip
-        exchange, words = flight.exchange, flight.ticket.words
+        exchange, round_ = flight.exchange, flight.round
         received, where = flight.receive()
         has_backward = any(ctx.needs_input_grad)
-        slot: SlotRows | None = SlotRows(exchange.context, words, exchange.world)
+        slot: SlotRows | None = SlotRows(round_)
         kept = w13.new_empty(0)
         if exchange.fp8 or (exchange.keep_received and ctx.needs_input_grad[1]):
             kept = flight.keep_rows(received)
@@ -240,14 +219,14 @@ class _Experts(torch.autograd.Function):
             rows, where, exchange.top_k, w13, has_backward, slot, exchange.gemm_programs
         )
         flight.landed()
-        dispatch.wait_rows(exchange.context, words, exchange.world)  # reports what the GEMM has waited for in vain
+        dispatch.wait_rows(round_)  # reports what the GEMM has waited for in vain
         turns = w13.new_empty(0)
         if exchange.presummed:
-            turns = combine.find_turns(exchange.context, words, received.experts, exchange.num_local_experts)
-        dispatch.release(exchange.context, words, exchange.world)
-        combine.wait_to_send(exchange.context, words, exchange.world)
-        _return(exchange, words, activated, where, w2, 1, received.weights, turns)
-        combine.announce_sent(exchange.context, words, exchange.world)
+            turns = combine.find_turns(round_, received.experts, exchange.num_local_experts)
+        dispatch.release(round_)
+        combine.wait_to_send(round_)
+        _return(exchange, round_, activated, where, w2, 1, received.weights, turns)
+        combine.announce_sent(round_)
         if _is_recomputing():
             # Recomputation stops at the last tensor that somebody saved, perhaps before this round's finish(), and in
             # an overlapped stack finish() belongs to the next layer: nobody else would end the round.
@@ -261,30 +240,30 @@ class _Experts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         flight: Flight = ctx.flight
-        exchange, words = flight.exchange, flight.gradient_ticket.words
+        exchange, round_ = flight.exchange, flight.gradient_round
         saved = _Saved.from_tensors(ctx.saved_tensors, exchange.tile_rows)
         where, top_k, programs = saved.where, exchange.top_k, exchange.gemm_programs
-        slot = SlotRows(exchange.context, words, exchange.world)
+        slot = SlotRows(round_)
         gate_up_gradient, weighted_activation, weight_parts = experts_backward.down_gradient_swiglu(
             exchange.slots.rows, saved.received.weights, where, saved.w2, saved.gate_up, slot, programs
         )
         flight.landed()
         again = exchange.slots.shape.planes > 1 and ctx.needs_input_grad[1]
-        inputs = SlotRows(exchange.context, words, exchange.world, plane=1) if again else None
-        slot.wait()
+        inputs = SlotRows(round_, plane=1) if again else None
+        slot = slot.wait()
         if inputs is not None:
-            inputs.wait()
-        dispatch.poison_if_failed(exchange.context, gate_up_gradient, weighted_activation)
+            inputs = inputs.wait()
+        dispatch.poison_if_failed(round_.context, gate_up_gradient, weighted_activation)
         token_gradient = None
         if ctx.needs_input_grad[0]:
-            combine.wait_to_send(exchange.context, words, exchange.world)
-            combine.push_weight_gradients(exchange.context, words, weight_parts, where.places)
-            _return(exchange, words, gate_up_gradient, where, saved.w13, 2, None, saved.turns)
-            combine.announce_sent(exchange.context, words, exchange.world)
+            combine.wait_to_send(round_)
+            combine.push_weight_gradients(round_, weight_parts, where.places)
+            _return(exchange, round_, gate_up_gradient, where, saved.w13, 2, None, saved.turns)
+            combine.announce_sent(round_)
             token_gradient = torch.zeros(1, device=saved.w13.device)
         else:
             # Nobody waits for these gradients: neither the input nor the router needs one, on any rank.
-            combine.release(exchange.context, words, exchange.world)
+            combine.release(round_)
             exchange.slots.close_round(flight.gradient_ticket)
         gradients: list[Tensor | None] = [None, None]
         if ctx.needs_input_grad[1]:
@@ -296,7 +275,7 @@ class _Experts(torch.autograd.Function):
             gradients[1] = experts_backward.weight_gradient(
                 exchange.slots.rows, weighted_activation, where, top_k, True, ctx.main_grads[1], slot, programs
             )
-        dispatch.release(exchange.context, words, exchange.world)
+        dispatch.release(round_)
         flight.check()
         added = [main is not None for main in ctx.main_grads]
         w13_gradient, w2_gradient = (None if into else value for value, into in zip(gradients, added, strict=True))
@@ -304,21 +283,16 @@ class _Experts(torch.autograd.Function):
 
 
 def _return(
-    exchange: Exchange, words: Tensor, inputs: Tensor, where: Layout, weight: Tensor, column_dim: int,
+    exchange: Exchange, round_: Round, inputs: Tensor, where: Layout, weight: Tensor, column_dim: int,
     weights: Tensor | None, turns: Tensor,
 ) -> None:  # fmt: skip
-    """Multiply sorted inputs by each expert's matrix and store the rows, or their sums, at the owners of the tokens."""
+    """Multiply sorted inputs by each expert's matrix and bring the rows, or their sums, to the owners of the tokens."""
+    programs = exchange.gemm_programs
     if exchange.presummed:
-        values = experts.project(inputs, where, weight, column_dim, exchange.gemm_programs)
-        combine.push_sums(
-            exchange.context, words, values, where.places, weights, turns, programs=exchange.programs,
-            paced=exchange.paced,
-        )  # fmt: skip
+        values = experts.project(inputs, where, weight, column_dim, programs)
+        combine.push_sums(round_, values, where.places, weights, turns)
     else:
-        project_to_owner(
-            exchange.context, words, inputs, where, exchange.top_k, weight, column_dim,
-            programs=exchange.gemm_programs, paced=exchange.paced,
-        )  # fmt: skip
+        project_to_owner(round_, inputs, where, exchange.top_k, weight, column_dim, programs)
 
 
 class _Combine(torch.autograd.Function):

@@ -42,13 +42,16 @@ def run_ranks(
     device: str = "cpu",
     limit: float = 300.0,
     wait_timeout: float = 60.0,
+    by_put: bool = False,
 ) -> list[Any]:
     """Call ``function(memory, *args)`` on ``world`` ranks and return their results in order.
 
-    device: "cpu" or "cuda". limit: seconds after which the ranks are killed. wait_timeout: that of the memory.
+    device: "cpu" or "cuda". limit: seconds after which the ranks are killed. wait_timeout, by_put: see ``init``.
     function and args must be picklable (a function of a module). Raises RankFailed if a rank does not return.
     """
-    outcomes = run_ranks_unchecked(function, world, *args, device=device, limit=limit, wait_timeout=wait_timeout)
+    outcomes = run_ranks_unchecked(
+        function, world, *args, device=device, limit=limit, wait_timeout=wait_timeout, by_put=by_put
+    )
     for rank, outcome in enumerate(outcomes):
         if outcome.error is not None:
             raise RankFailed(f"Rank {rank} of {world} raised {outcome.error}\n{outcome.traceback}")
@@ -65,6 +68,7 @@ def run_ranks_unchecked(
     device: str = "cpu",
     limit: float = 300.0,
     wait_timeout: float = 60.0,
+    by_put: bool = False,
 ) -> list[Outcome]:
     """As ``run_ranks``, for ranks that are meant to fail: returns what became of each."""
     context = multiprocessing.get_context("spawn")
@@ -76,7 +80,7 @@ def run_ranks_unchecked(
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
                 target=_rank_main,
-                args=(rank, world, str(folder / "store"), device, wait_timeout, sender, function, args),
+                args=(rank, world, str(folder / "store"), device, wait_timeout, by_put, sender, function, args),
             )
             # Inherited, not set by the child: unpickling the function may import what asks the driver for its devices,
             # and from then on MPS is not looked for.
@@ -138,6 +142,7 @@ def _rank_main(
     store: str,
     device: str,
     wait_timeout: float,
+    by_put: bool,
     pipe: Any,
     function: Callable[..., Any],
     args: tuple[Any, ...],
@@ -158,7 +163,7 @@ def _rank_main(
         # and their failure to connect would hide its own error.
         rendezvous.set(f"connected {rank}", "")
         rendezvous.wait([f"connected {peer}" for peer in range(world)])
-        memory = ff.init(device=device, timeout=wait_timeout)
+        memory = ff.init(device=device, timeout=wait_timeout, by_put=by_put)
         pipe.send(Outcome(result=function(memory, *args), finished=True))
         if memory.status.read() is None:  # after a lost peer, closing together would wait for it again
             memory.close()

@@ -39,7 +39,8 @@ class ExchangeOptions:
         again: more traffic, and no memory of the layer's own, but slots twice as large.
     combine: "direct", where the down-projection stores every row at the owner of its token, as it is computed, and
         results are the same for any number of ranks; or "presummed", where each rank sums a token's rows first and one
-        row a rank and token travels: fewer bytes, after the GEMM instead of during it.
+        row a rank and token travels: fewer bytes, after the GEMM instead of during it. Always so where peers are
+        reached by puts.
     fp8: rows of the forward pass travel as e4m3 with a float32 scale for each 128 columns.
     max_pairs: (token, expert) pairs that the experts of a rank take in one call; more raise UsageError. None for as
         many as all tokens of all ranks can give, for which memory is then set aside.
@@ -120,8 +121,9 @@ class FusedExperts(nn.Module):
         self.exchange_options = exchange or ExchangeOptions()
         planes = 1 if self.exchange_options.keep_received else 2
         self.slot_shape = SlotShape(
-            max_tokens, hidden_size, top_k, dtype, depth, planes=planes, fp8=self.exchange_options.fp8
-        )
+            max_tokens, hidden_size, top_k, dtype, depth,
+            planes=planes, fp8=self.exchange_options.fp8, staged=ep is not None and ep.by_put,
+        )  # fmt: skip
         local = num_experts // world
         self.w13 = nn.Parameter(torch.empty(local, 2 * intermediate_size, hidden_size, device=device, dtype=dtype))
         self.w2 = nn.Parameter(torch.empty(local, hidden_size, intermediate_size, device=device, dtype=dtype))
@@ -154,6 +156,7 @@ class FusedExperts(nn.Module):
         if self.ep is None or self.is_alone:
             return
         scratch = _local(self.w13.device)
+        scratch.puts = self.ep.puts
         self._warm_up(self._new_exchange(open_slots(scratch, replace(self.slot_shape, max_tokens=WARM_UP_TOKENS))))
         scratch.close()
         self._exchange = self._new_exchange(open_slots(self.ep, self.slot_shape))
@@ -166,11 +169,12 @@ class FusedExperts(nn.Module):
         entries = shape.max_tokens * self.top_k * self.ep.world
         worst = slots.memory.world * slots.shape.max_tokens * min(self.top_k, local)
         programs, gemm_programs = _share_multiprocessors(self.w13.device, options.num_comm_sms)
+        presummed = options.combine == "presummed" or shape.staged
         return Exchange(
             slots, local, self.top_k,
             tile_rows=choose_tile_rows(entries, self.num_experts, shape.dtype),
             capacity=min(worst, options.max_pairs or worst), programs=programs, gemm_programs=gemm_programs,
-            keep_received=options.keep_received, presummed=options.combine == "presummed", fp8=options.fp8,
+            keep_received=options.keep_received, presummed=presummed, fp8=options.fp8,
         )  # fmt: skip
 
     def _check_weights(self) -> None:

@@ -15,21 +15,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import put
 from .machine import INTERPRETED, padded
 from .protocol import (
     COMBINE_ARRIVAL,
     COMBINE_CREDIT,
     COMBINE_ROWS,
     COMBINE_SCALARS,
+    COMBINE_STAGED_ROWS,
+    COMBINE_STAGED_SCALARS,
     DISPATCH_EXPERTS,
     MAX_TOKENS,
+    PEERS,
     RANK,
     WORLD,
+    Round,
     announce,
     is_alive,
     own_region,
     pace,
-    region,
+    pointers_at,
     row_pointers,
     slot_of,
     wait_arrival,
@@ -89,14 +94,20 @@ def _push_sums(
 ):  # fmt: skip
     if is_alive(context):
         max_tokens, rank = tl.load(context + MAX_TOKENS), tl.load(context + RANK)
-        first = slot_of(context, ticket) * max_tokens
+        slot, own = slot_of(context, ticket), tl.load(context + PEERS + rank)
+        first = slot * max_tokens
         for start in range(tl.program_id(0) * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS):
             row = start + tl.arange(0, BLOCK_ROWS)
             turn = tl.load(turns + row, mask=row < rows, other=-1)
             here = turn >= 0
             owner = row // max_tokens
             token = ((first + row % max_tokens) * TOP_K).to(tl.int64)
-            target = row_pointers(context, owner, COMBINE_ROWS, token + turn, HIDDEN, values.dtype.element_ty)
+            NBYTES: tl.constexpr = HIDDEN * values.dtype.element_ty.primitive_bitwidth // 8
+            base = tl.load(context + PEERS + owner)
+            there = base + tl.load(context + COMBINE_ROWS) + (token + turn) * NBYTES
+            # What cannot be stored at its owner is staged here, and put from there.
+            staged = own + tl.load(context + COMBINE_STAGED_ROWS) + (slot * rows + row) * NBYTES
+            target = pointers_at(tl.where(base == 0, staged, there), NBYTES, values.dtype.element_ty)
             for column_start in range(0, HIDDEN, BLOCK_HIDDEN):
                 column = column_start + tl.arange(0, BLOCK_HIDDEN)
                 in_row = column < HIDDEN
@@ -113,7 +124,7 @@ def _push_sums(
                 mask = here[:, None] & in_row[None, :]
                 tl.store(target[:, None] + column[None, :], total.to(values.dtype.element_ty), mask=mask)
             if PACED:
-                sent = tl.sum((here & (owner != rank)).to(tl.int32))
+                sent = tl.sum((here & (owner != rank) & (base != 0)).to(tl.int32))
                 pace(context, sent * (HIDDEN * values.dtype.element_ty.primitive_bitwidth // 8))
 
 
@@ -178,9 +189,13 @@ def _push_scalars(
         mask = (place >= 0)[:, None] & (part < PARTS)[None, :]
         value = tl.sum(tl.load(parts + place[:, None] * PARTS + part[None, :], mask=mask, other=0.0), axis=1)
         row = entry // TOP_K
-        target = (slot_of(context, ticket) * max_tokens + row % max_tokens) * TOP_K + entry % TOP_K
-        scalars = region(context, row // max_tokens, COMBINE_SCALARS, tl.float32)
-        tl.store(scalars + target, value, mask=place >= 0)
+        slot = slot_of(context, ticket)
+        target = (slot * max_tokens + row % max_tokens) * TOP_K + entry % TOP_K
+        base = tl.load(context + PEERS + row // max_tokens, mask=entry < entries, other=0)
+        staged = tl.load(context + PEERS + tl.load(context + RANK)) + tl.load(context + COMBINE_STAGED_SCALARS)
+        there = base + tl.load(context + COMBINE_SCALARS) + target * 4
+        address = tl.where(base == 0, staged + (slot * entries + entry) * 4, there)
+        tl.store(address.to(tl.pointer_type(tl.float32)), value, mask=place >= 0)
 
 
 @triton.jit(do_not_specialize=["entries"])
@@ -194,9 +209,7 @@ def _take_scalars(context, ticket, experts, result, entries, TOP_K: tl.constexpr
 
 
 def combine_wait(
-    context: Tensor,
-    ticket: Tensor,
-    world: int,
+    round_: Round,
     experts: Tensor,
     weights: Tensor | None,
     hidden: int,
@@ -212,22 +225,22 @@ def combine_wait(
     ``release``. Additions are rounded one by one to ``dtype``; the norm is rounded before its weight, as Llama's is.
     """
     tokens, top_k = experts.shape
-    result = torch.empty(tokens, hidden, dtype=dtype, device=context.device)
+    result = torch.empty(tokens, hidden, dtype=dtype, device=round_.context.device)
     extras = extras or Extras()
     norm = extras.norm_weight
     normed = None if norm is None else torch.empty_like(result)
     columns = padded(hidden) if norm is not None else min(padded(hidden), BLOCK_HIDDEN)  # a norm needs the whole row
-    wait_arrival(context, ticket, world, COMBINE_ARRIVAL)
+    wait_arrival(round_, COMBINE_ARRIVAL)
     _sum[(max(triton.cdiv(tokens, BLOCK_TOKENS), 1), triton.cdiv(hidden, columns))](
-        context, ticket, experts, weights, extras.shared, extras.residual, norm, extras.norm_epsilon, result, normed,
-        tokens,
+        round_.context, round_.ticket, experts, weights, extras.shared, extras.residual, norm, extras.norm_epsilon,
+        result, normed, tokens,
         HIDDEN=hidden, TOP_K=top_k, TOP_K_PADDED=padded(top_k), PRESUMMED_BY=presummed_by,
         BLOCK_TOKENS=BLOCK_TOKENS, BLOCK_HIDDEN=columns, num_warps=4,
     )  # fmt: skip
     return result, normed
 
 
-def find_turns(context: Tensor, ticket: Tensor, experts: Tensor, num_local_experts: int) -> Tensor:
+def find_turns(round_: Round, experts: Tensor, num_local_experts: int) -> Tensor:
     """Which of its token's ranks this one is, for each received row: [R] int32, -1 where no row is.
 
     experts: [R, K] int32, see ``dispatch.Received``. The dispatch slot must not have been released yet.
@@ -236,64 +249,65 @@ def find_turns(context: Tensor, ticket: Tensor, experts: Tensor, num_local_exper
     turns = torch.empty(rows, dtype=torch.int32, device=experts.device)
     block = 1024 if INTERPRETED else 32
     _find_turns[(triton.cdiv(rows, block),)](
-        context, ticket, experts, turns, rows,
+        round_.context, round_.ticket, experts, turns, rows,
         NUM_LOCAL_EXPERTS=num_local_experts, TOP_K=top_k, TOP_K_PADDED=padded(top_k), BLOCK=block,
     )  # fmt: skip
     return turns
 
 
-def wait_to_send(context: Tensor, ticket: Tensor, world: int) -> None:
+def wait_to_send(round_: Round) -> None:
     """Wait until every owner has released the combine slot that this round fills."""
-    wait_credit(context, ticket, world, COMBINE_CREDIT)
+    wait_credit(round_, COMBINE_CREDIT)
 
 
-def announce_sent(context: Tensor, ticket: Tensor, world: int) -> None:
+def announce_sent(round_: Round) -> None:
     """Tell every owner that this rank has stored all it has for it."""
-    announce(context, ticket, world, COMBINE_ARRIVAL)
+    announce(round_, COMBINE_ARRIVAL)
 
 
-def push_sums(
-    context: Tensor, ticket: Tensor, values: Tensor, places: Tensor, weights: Tensor | None, turns: Tensor,
-    *, programs: int, paced: bool = False,
-) -> None:  # fmt: skip
-    """The pre-summed form: sum this rank's rows of each token and store the sums at their owners.
+def push_sums(round_: Round, values: Tensor, places: Tensor, weights: Tensor | None, turns: Tensor) -> None:
+    """The pre-summed form: sum this rank's rows of each token and bring the sums to their owners.
 
     values: [C, H] in sorted order. places: [R, K] int32 of ``Layout``. weights: [R, K] float32, None for a plain sum.
-    turns: [R] int32 of ``find_turns``. programs: of 16 warps each, what combine may take of the GPU.
+    turns: [R] int32 of ``find_turns``.
     """
     hidden = values.shape[1]
     rows, top_k = places.shape
-    _push_sums[(programs,)](
-        context, ticket, values, places, weights, turns, rows,
-        HIDDEN=hidden, TOP_K=top_k, PACED=paced,
+    _push_sums[(round_.programs,)](
+        round_.context, round_.ticket, values, places, weights, turns, rows,
+        HIDDEN=hidden, TOP_K=top_k, PACED=round_.paced,
         BLOCK_ROWS=ROWS_AT_ONCE, BLOCK_HIDDEN=min(padded(hidden), BLOCK_HIDDEN), num_warps=WARPS,
     )  # fmt: skip
+    if round_.puts is not None:
+        put.put_sums(round_, turns, top_k, hidden * values.itemsize)
 
 
-def push_weight_gradients(context: Tensor, ticket: Tensor, parts: Tensor, places: Tensor) -> None:
-    """Sum ``parts`` [C, P] float32 over P and store the gradient of each router weight at its owner.
+def push_weight_gradients(round_: Round, parts: Tensor, places: Tensor) -> None:
+    """Sum ``parts`` [C, P] float32 over P and bring the gradient of each router weight to its owner.
 
     places: [R, K] int32 of ``Layout``.
     """
     entries = places.numel()
     block = 1024 if INTERPRETED else 128  # as in gather_sum.sum_parts, so that both sum in the same order
     _push_scalars[(max(triton.cdiv(entries, block), 1),)](
-        context, ticket, parts, places, entries,
+        round_.context, round_.ticket, parts, places, entries,
         TOP_K=places.shape[1], PARTS=parts.shape[1], PARTS_PADDED=padded(parts.shape[1]), BLOCK=block,
     )  # fmt: skip
+    if round_.puts is not None:
+        put.put_scalars(round_, places)
 
 
-def take_weight_gradients(context: Tensor, ticket: Tensor, experts: Tensor) -> Tensor:
+def take_weight_gradients(round_: Round, experts: Tensor) -> Tensor:
     """Gradients of the router weights [T, K] float32, after ``combine_wait`` has waited."""
-    result = torch.empty(experts.shape, dtype=torch.float32, device=context.device)
+    result = torch.empty(experts.shape, dtype=torch.float32, device=round_.context.device)
     entries = experts.numel()
     block = 1024
     _take_scalars[(max(triton.cdiv(entries, block), 1),)](
-        context, ticket, experts, result, entries, TOP_K=experts.shape[1], BLOCK=block
+        round_.context, round_.ticket, experts, result, entries, TOP_K=experts.shape[1], BLOCK=block
     )
     return result
 
 
-def release(context: Tensor, ticket: Tensor, world: int) -> None:
+def release(round_: Round) -> None:
     """Give the combine slot of this round back to its writers."""
-    announce(context, ticket, world, COMBINE_CREDIT)
+    announce(round_, COMBINE_CREDIT)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import put
 from .layout import LARGEST_CHUNK, Layout, block_entries_of, entry_sizes, local_layout, new_block_counts, sort_received
 from .machine import INTERPRETED, padded
 from .protocol import (
@@ -33,6 +34,7 @@ from .protocol import (
     ROWS_ARRIVAL,
     TICKET_FIRST_ROW,
     WORLD,
+    Round,
     announce,
     fail,
     is_alive,
@@ -95,7 +97,7 @@ def _push_routing(
         turn = (expert // NUM_LOCAL_EXPERTS - rank + world) % world
         key = (expert % NUM_LOCAL_EXPERTS) * world + turn
         tl.store(keys + entry, tl.where((expert >= 0) & ~wrong, key, -1).to(tl.int32), mask=in_range)
-    if is_alive(context):
+    if is_alive(context) & (tl.load(context + PEERS + peer) != 0):
         source = slot_of(context, ticket) * world + rank
         there = source * tl.load(context + MAX_TOKENS) * TOP_K + entry
         tl.store(region(context, peer, DISPATCH_EXPERTS, tl.int32) + there, expert, mask=in_range)
@@ -136,7 +138,9 @@ def _push_rows(
             at_peer = (other >= 0) & (other // NUM_LOCAL_EXPERTS == peer[:, None])
             leads = in_range & (tl.min(tl.where(at_peer, other, 2147483647), axis=1) == expert)
             row = first_row + token
-            target = row_pointers(context, peer, DISPATCH_ROWS, row, HIDDEN * NARROWING, element)
+            # What cannot be stored at a peer is staged where this rank's own rows go, and put from there.
+            landing = tl.where(tl.load(context + PEERS + peer) == 0, rank, peer)
+            target = row_pointers(context, landing, DISPATCH_ROWS, row, HIDDEN * NARROWING, element)
             for column_start in range(0, HIDDEN, BLOCK_HIDDEN):
                 column = column_start + tl.arange(0, BLOCK_HIDDEN)
                 mask = leads[:, None] & (column < HIDDEN)[None, :]
@@ -146,16 +150,16 @@ def _push_rows(
                     scale = tl.maximum(tl.max(tl.abs(groups), axis=2) / _FP8_LARGEST, 1e-30)
                     values = tl.reshape(groups / scale[:, :, None], [BLOCK_ROWS, BLOCK_HIDDEN])
                     group = column_start // _SCALE_COLUMNS + tl.arange(0, SCALES)
-                    scales = row_pointers(context, peer, DISPATCH_SCALES, row, SCALES_PER_ROW, tl.float32)
+                    scales = row_pointers(context, landing, DISPATCH_SCALES, row, SCALES_PER_ROW, tl.float32)
                     scale_mask = leads[:, None] & (group < SCALES_PER_ROW)[None, :]
                     tl.store(scales[:, None] + group[None, :], scale, mask=scale_mask)
                 tl.store(target[:, None] + column[None, :], values.to(element), mask=mask)
             if PACED:
-                sent = tl.sum((leads & (peer != rank)).to(tl.int32))
+                sent = tl.sum((leads & (landing != rank)).to(tl.int32))
                 pace(context, sent * (HIDDEN * element.primitive_bitwidth // 8))
             # All warps' stores come before the flags: the barrier orders them within the program, the release beyond.
             tl.debug_barrier()
-            flags = (tl.load(context + PEERS + peer) + tl.load(context + ROW_ARRIVAL)).to(tl.pointer_type(tl.int32))
+            flags = (tl.load(context + PEERS + landing) + tl.load(context + ROW_ARRIVAL)).to(tl.pointer_type(tl.int32))
             tl.atomic_xchg(flags + row, tl.zeros_like(entry) + epoch, mask=leads, sem="release", scope="sys")
 
 
@@ -232,91 +236,93 @@ def _poison(context, wide, narrow, rows, INTERMEDIATE: tl.constexpr, BLOCK: tl.c
                 tl.store(narrow + first + column, nan, mask=column < INTERMEDIATE)
 
 
-def wait_to_send(context: Tensor, ticket: Tensor, world: int) -> None:
+def wait_to_send(round_: Round) -> None:
     """Wait until every reader has released the dispatch slot that this round fills."""
-    wait_credit(context, ticket, world, DISPATCH_CREDIT)
+    wait_credit(round_, DISPATCH_CREDIT)
 
 
-def send_routing(
-    context: Tensor, ticket: Tensor, experts: Tensor, weights: Tensor, world: int, num_local_experts: int
-) -> SendOrder:
+def send_routing(round_: Round, experts: Tensor, weights: Tensor, num_local_experts: int) -> SendOrder:
     """Give every rank the routing of this rank's tokens, and find the order in which their rows leave.
 
     experts: [T, K] int32 global ids, -1 for not routed; an id out of range fails the context. weights: [T, K] float32.
     """
     keys = torch.empty_like(experts)
     entries = experts.numel()
-    _push_routing[(max(triton.cdiv(entries, ROUTING_BLOCK), 1), world)](
-        context, ticket, experts, weights, keys, entries,
+    _push_routing[(max(triton.cdiv(entries, ROUTING_BLOCK), 1), round_.world)](
+        round_.context, round_.ticket, experts, weights, keys, entries,
         NUM_LOCAL_EXPERTS=num_local_experts, TOP_K=experts.shape[1], BLOCK=ROUTING_BLOCK,
     )  # fmt: skip
-    announce(context, ticket, world, ROUTING_ARRIVAL)
-    where = local_layout(keys, world * num_local_experts, tile_rows=1024, one_variant=True)
+    if round_.puts is not None:
+        put.put_routing(round_, entries, experts.shape[1])
+    announce(round_, ROUTING_ARRIVAL)
+    where = local_layout(keys, round_.world * num_local_experts, tile_rows=1024, one_variant=True)
     return SendOrder(experts, where.order, where.offsets[-1:])
 
 
 def send_rows(
-    context: Tensor, ticket: Tensor, rows: Tensor, send: SendOrder, world: int, num_local_experts: int,
-    *, programs: int, plane: int = 0, fp8: bool = False, paced: bool = False,
+    round_: Round, rows: Tensor, send: SendOrder, num_local_experts: int,
+    *, plane: int = 0, fp8: bool = False,
 ) -> None:  # fmt: skip
-    """Store rows [T, H] at the ranks of their experts and announce them; the slot must be free.
+    """Bring rows [T, H] to the ranks of their experts and announce them; the slot must be free.
 
-    programs: of 16 warps each, what the dispatch may take of the GPU. plane: which of a token's rows in this round.
+    plane: which of a token's rows in this round. fp8: as e4m3, with a scale for each 128 columns.
     """
     hidden, top_k = rows.shape[1], send.experts.shape[1]
-    _push_rows[(programs,)](
-        context, ticket, rows, *send,
+    _push_rows[(round_.programs,)](
+        round_.context, round_.ticket, rows, *send,
         HIDDEN=hidden, TOP_K=top_k, TOP_K_PADDED=padded(top_k), NUM_LOCAL_EXPERTS=num_local_experts,
-        PLANE=plane, FP8=fp8, PACED=paced, BLOCK_ROWS=ROWS_AT_ONCE, BLOCK_HIDDEN=_columns_at_once(hidden),
+        PLANE=plane, FP8=fp8, PACED=round_.paced, BLOCK_ROWS=ROWS_AT_ONCE, BLOCK_HIDDEN=_columns_at_once(hidden),
         num_warps=WARPS,
     )  # fmt: skip
-    announce(context, ticket, world, ROWS_ARRIVAL, plane)
+    if round_.puts is not None:
+        stride = hidden * rows.itemsize
+        scale_bytes = 4 * triton.cdiv(hidden, SCALE_COLUMNS) if fp8 else 0
+        put.put_rows(round_, *send, num_local_experts, plane, stride, hidden if fp8 else stride, scale_bytes)
+    announce(round_, ROWS_ARRIVAL, plane)
 
 
 def receive_routing(
-    context: Tensor, ticket: Tensor, world: int, max_tokens: int, top_k: int, num_local_experts: int, capacity: int,
-    tile_rows: int,
-) -> tuple[Received, Layout]:  # fmt: skip
+    round_: Round, max_tokens: int, top_k: int, num_local_experts: int, capacity: int, tile_rows: int
+) -> tuple[Received, Layout]:
     """Wait for the routing of every rank, take it out of the slot and sort the entries of this rank's experts.
 
     capacity: entries at most; more fail the context.
     """
-    device = context.device
-    experts = torch.empty(world * max_tokens, top_k, dtype=torch.int32, device=device)
-    weights = torch.empty(world * max_tokens, top_k, dtype=torch.float32, device=device)
+    device = round_.context.device
+    experts = torch.empty(round_.world * max_tokens, top_k, dtype=torch.int32, device=device)
+    weights = torch.empty(round_.world * max_tokens, top_k, dtype=torch.float32, device=device)
     block_entries = block_entries_of(experts.numel())
     block_counts = new_block_counts(experts, block_entries, num_local_experts)
-    wait_arrival(context, ticket, world, ROUTING_ARRIVAL)
+    wait_arrival(round_, ROUTING_ARRIVAL)
     _take_routing[(block_counts.shape[0],)](
-        context, ticket, experts, weights, block_counts, experts.numel(), block_entries,
+        round_.context, round_.ticket, experts, weights, block_counts, experts.numel(), block_entries,
         **entry_sizes(num_local_experts), TOP_K=top_k, CHUNK=LARGEST_CHUNK, num_warps=8,
     )  # fmt: skip
-    layout = sort_received(context, experts, block_counts, block_entries, capacity, tile_rows)
+    layout = sort_received(round_.context, experts, block_counts, block_entries, capacity, tile_rows)
     return Received(experts, weights), layout
 
 
-def wait_rows(context: Tensor, ticket: Tensor, world: int, plane: int = 0) -> None:
+def wait_rows(round_: Round, plane: int = 0) -> None:
     """Wait until all rows of this round are in the slot."""
-    wait_arrival(context, ticket, world, ROWS_ARRIVAL, plane)
+    wait_arrival(round_, ROWS_ARRIVAL, plane)
 
 
-def keep_rows(
-    context: Tensor, ticket: Tensor, experts: Tensor, kept: Tensor, *, programs: int, fp8: bool = False
-) -> None:
+def keep_rows(round_: Round, experts: Tensor, kept: Tensor, *, fp8: bool = False) -> None:
     """Copy the rows of the slot into ``kept`` [R, H], after ``wait_rows``; rows that did not come are left alone.
 
     experts: [R, K] of ``Received``. fp8: the rows travelled as e4m3, and are widened.
     """
     hidden, top_k = kept.shape[1], experts.shape[1]
-    _keep_rows[(programs,)](
-        context, ticket, experts, kept, HIDDEN=hidden, TOP_K=top_k, TOP_K_PADDED=padded(top_k), FP8=fp8,
+    _keep_rows[(round_.programs,)](
+        round_.context, round_.ticket, experts, kept,
+        HIDDEN=hidden, TOP_K=top_k, TOP_K_PADDED=padded(top_k), FP8=fp8,
         BLOCK_ROWS=ROWS_AT_ONCE // 2, BLOCK_HIDDEN=_columns_at_once(hidden), num_warps=WARPS,
     )  # fmt: skip
 
 
-def release(context: Tensor, ticket: Tensor, world: int) -> None:
+def release(round_: Round) -> None:
     """Give the dispatch slot of this round back to its writers."""
-    announce(context, ticket, world, DISPATCH_CREDIT)
+    announce(round_, DISPATCH_CREDIT)
 
 
 def poison_if_failed(context: Tensor, gate_up_gradient: Tensor, weighted_activation: Tensor) -> None:

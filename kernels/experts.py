@@ -122,6 +122,8 @@ def up_swiglu(
     """
     _, twice_intermediate, hidden = w13.shape
     intermediate = twice_intermediate // 2
+    if slot is not None and slot.round_.puts is not None:
+        slot = slot.wait()  # puts raise no flags of single rows
     if hopper.usable(rows, layout.tile_rows, hidden, intermediate):
         return hopper_forward.up_swiglu(rows, layout, top_k, w13, keep_gate_up, slot, programs)
     if slot is not None:
@@ -131,7 +133,7 @@ def up_swiglu(
     activated = rows.new_empty(capacity, intermediate)
     tile = choose_tile(layout.tile_rows, rows.dtype)
     _up_swiglu[(layout.tiles.shape[0], triton.cdiv(intermediate, tile.columns))](
-        rows, None if slot is None else slot.ticket, layout.order, layout.tiles, layout.tile_count, w13, gate_up,
+        rows, None if slot is None else slot.round_.ticket, layout.order, layout.tiles, layout.tile_count, w13, gate_up,
         activated,
         HIDDEN=hidden, INTERMEDIATE=intermediate, TOP_K=top_k or 0, KEEP=keep_gate_up,
         BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth, PRECISION=precision(rows.dtype),

@@ -123,6 +123,8 @@ def down_gradient_swiglu(
     and the parts [C, P] float32 whose sum over P is the gradient of the entry's router weight.
     """
     _, hidden, intermediate = w2.shape
+    if slot is not None and slot.round_.puts is not None:
+        slot = slot.wait()  # puts raise no flags of single rows
     if hopper.usable(output_gradient, layout.tile_rows, hidden, intermediate):
         return hopper_down_gradient.down_gradient_swiglu(output_gradient, weights, layout, w2, gate_up, slot, programs)
     if slot is not None:
@@ -133,8 +135,8 @@ def down_gradient_swiglu(
     weighted_activation = gate_up.new_empty(gate_up.shape[0], intermediate)
     parts = torch.empty(gate_up.shape[0], column_tiles, dtype=torch.float32, device=gate_up.device)
     _down_gradient_swiglu[(layout.tiles.shape[0], column_tiles)](
-        output_gradient, None if slot is None else slot.ticket, weights, layout.order, layout.tiles, layout.tile_count,
-        w2, gate_up, gate_up_gradient, weighted_activation, parts,
+        output_gradient, None if slot is None else slot.round_.ticket, weights, layout.order, layout.tiles,
+        layout.tile_count, w2, gate_up, gate_up_gradient, weighted_activation, parts,
         HIDDEN=hidden, INTERMEDIATE=intermediate, TOP_K=weights.shape[1], COLUMN_TILES=column_tiles,
         BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth, PRECISION=precision(gate_up.dtype),
         **tile.launch,
@@ -169,7 +171,7 @@ def weight_gradient(
     result = left.new_empty(experts, left_size, right_size) if accumulate_into is None else accumulate_into
     tile = choose_tile(64, left.dtype)
     _weight_gradient[(triton.cdiv(left_size, tile.rows), triton.cdiv(right_size, tile.columns), experts)](
-        left, right, None if slot is None else slot.ticket, layout.order, layout.offsets, result,
+        left, right, None if slot is None else slot.round_.ticket, layout.order, layout.offsets, result,
         LEFT_SIZE=left_size, RIGHT_SIZE=right_size, TOP_K=top_k,
         GATHER_LEFT=gather_left, ACCUMULATE=accumulate_into is not None, PLANE=0 if slot is None else slot.plane,
         BLOCK_LEFT=tile.rows, BLOCK_RIGHT=tile.columns, BLOCK_DEPTH=tile.depth, PRECISION=precision(left.dtype),

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import hopper, hopper_to_owner
 from .experts import multiply_rows
 from .layout import Layout
-from .protocol import COMBINE_ROWS, MAX_TOKENS, RANK, is_alive, pace, row_pointers, slot_of
+from .protocol import COMBINE_ROWS, MAX_TOKENS, RANK, Round, is_alive, pace, row_pointers, slot_of
 from .tiles import choose_tile, locate_tile, precision
 
 
@@ -47,16 +47,13 @@ def _project_to_owner(
 
 
 def project_to_owner(
-    context: Tensor,
-    ticket: Tensor,
+    round_: Round,
     inputs: Tensor,
     layout: Layout,
     top_k: int,
     weight: Tensor,
     column_dim: int,
-    *,
     programs: int,
-    paced: bool = False,
 ) -> None:
     """Multiply sorted inputs [C, D] by each expert's matrix and store every row in its owner's combine slot.
 
@@ -65,14 +62,14 @@ def project_to_owner(
     """
     hidden, depth = weight.shape[column_dim], weight.shape[3 - column_dim]
     if hopper.usable(inputs, layout.tile_rows, hidden, depth):
-        hopper_to_owner.project_to_owner(context, ticket, inputs, layout, top_k, weight, column_dim, programs, paced)
+        hopper_to_owner.project_to_owner(round_, inputs, layout, top_k, weight, column_dim, programs)
     else:
         tile = choose_tile(layout.tile_rows, inputs.dtype)
         _project_to_owner[(layout.tiles.shape[0], triton.cdiv(hidden, tile.columns))](
-            context, ticket, inputs, layout.order, layout.tiles, layout.tile_count, weight,
+            round_.context, round_.ticket, inputs, layout.order, layout.tiles, layout.tile_count, weight,
             DEPTH_SIZE=depth, HIDDEN=hidden,
             COLUMN_STRIDE=weight.stride(column_dim), DEPTH_STRIDE=weight.stride(3 - column_dim),
-            TOP_K=top_k, PACED=paced,
+            TOP_K=top_k, PACED=round_.paced,
             BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth, PRECISION=precision(inputs.dtype),
             **tile.launch,
         )  # fmt: skip

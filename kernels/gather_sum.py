@@ -77,7 +77,7 @@ def gather_rows(rows: Tensor, order: Tensor, offsets: Tensor, top_k: int, slot: 
     result = rows.new_empty(order.shape[0], hidden)
     block_hidden = min(padded(hidden), 2048)
     _gather_rows[(order.shape[0], triton.cdiv(hidden, block_hidden))](
-        rows, None if slot is None else slot.ticket, order, offsets[-1:], result,
+        rows, None if slot is None else slot.round_.ticket, order, offsets[-1:], result,
         HIDDEN=hidden, TOP_K=top_k, PLANE=0 if slot is None else slot.plane, BLOCK_HIDDEN=block_hidden, num_warps=4,
     )  # fmt: skip
     return result

@@ -79,7 +79,7 @@ def multiprocessors(device: torch.device) -> int:
 
 def slot_arguments(slot: SlotRows | None, layout: Layout) -> tuple[Tensor, Tensor]:
     """Context and ticket of a kernel that gathers; any tensors where its rows lie in no slot."""
-    return (layout.order, layout.order) if slot is None else (slot.context, slot.ticket)
+    return (layout.order, layout.order) if slot is None else (slot.round_.context, slot.round_.ticket)
 
 
 def new_rows(like: Tensor, rows: int, columns: int) -> Tensor:

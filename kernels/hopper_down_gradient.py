@@ -143,7 +143,7 @@ if HAS_GLUON:
         context, ticket, output_gradient, output_gradient_desc, weights, order, tiles, tile_count, w2_desc,
         gate_up_desc, gradient, weighted, parts,
         HIDDEN: gl.constexpr, INTERMEDIATE: gl.constexpr, TOP_K: gl.constexpr,
-        IN_SLOT: gl.constexpr, STAGES: gl.constexpr,
+        IN_SLOT: gl.constexpr, AWAITED: gl.constexpr, STAGES: gl.constexpr,
     ):  # fmt: skip
         COLUMN_TILES: gl.constexpr = (INTERMEDIATE + _TILE_COLUMNS - 1) // _TILE_COLUMNS
         dtype: gl.constexpr = w2_desc.dtype
@@ -168,7 +168,7 @@ if HAS_GLUON:
             (load_tiles, (
                 context, ticket, output_gradient, output_gradient_desc, order, tiles, tile_count, w2_desc,
                 a_stages, b_stages, full, empty, HIDDEN, INTERMEDIATE, COLUMN_TILES, TOP_K, False, True,
-                IN_SLOT, IN_SLOT, STAGES)),
+                IN_SLOT, AWAITED, STAGES)),
             (_differentiate_swiglu, (
                 weights, order, tiles, tile_count, buffers, row_weights, ring, ready, staged, taken, gate_up_desc,
                 gradient, weighted, parts, INTERMEDIATE, COLUMN_TILES)),
@@ -198,6 +198,7 @@ def down_gradient_swiglu(
         *slot_arguments(slot, layout), output_gradient, matrix(output_gradient, TILE_ROWS, DEPTH), weights,
         layout.order, layout.tiles, layout.tile_count, matrix(w2, DEPTH, TILE_COLUMNS),
         matrix(gate_up, 32, CHUNK), gate_up_gradient, weighted_activation, parts,
-        HIDDEN=hidden, INTERMEDIATE=intermediate, TOP_K=top_k, IN_SLOT=slot is not None, STAGES=3, num_warps=4,
+        HIDDEN=hidden, INTERMEDIATE=intermediate, TOP_K=top_k, IN_SLOT=slot is not None,
+        AWAITED=slot is not None and not slot.arrived, STAGES=3, num_warps=4,
     )  # fmt: skip
     return gate_up_gradient, weighted_activation, parts

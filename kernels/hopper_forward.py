@@ -115,7 +115,7 @@ if HAS_GLUON:
     def up_swiglu_kernel(
         context, ticket, rows, rows_desc, order, tiles, tile_count, w13_desc, gate_up_desc, activated,
         HIDDEN: gl.constexpr, INTERMEDIATE: gl.constexpr, TOP_K: gl.constexpr, KEEP: gl.constexpr,
-        IN_SLOT: gl.constexpr, STAGES: gl.constexpr,
+        IN_SLOT: gl.constexpr, AWAITED: gl.constexpr, STAGES: gl.constexpr,
     ):  # fmt: skip
         COLUMN_TILES: gl.constexpr = (INTERMEDIATE + _TILE_COLUMNS // 2 - 1) // (_TILE_COLUMNS // 2)
         dtype: gl.constexpr = w13_desc.dtype
@@ -133,7 +133,7 @@ if HAS_GLUON:
             (_consume_up, (tiles, tile_count, a_stages, b_stages, full, empty, buffers, staged, taken, gate_up_desc,
                            1, HIDDEN, INTERMEDIATE, COLUMN_TILES, KEEP, STAGES)),
             (load_tiles, (context, ticket, rows, rows_desc, order, tiles, tile_count, w13_desc, a_stages, b_stages,
-                          full, empty, HIDDEN, INTERMEDIATE, COLUMN_TILES, TOP_K, True, False, IN_SLOT, IN_SLOT,
+                          full, empty, HIDDEN, INTERMEDIATE, COLUMN_TILES, TOP_K, True, False, IN_SLOT, AWAITED,
                           STAGES)),
             (_activate, (tiles, tile_count, buffers, staged, taken, activated, INTERMEDIATE, COLUMN_TILES)),
         ], [4, 2, 2], [184, 136, 136])  # fmt: skip
@@ -214,7 +214,7 @@ def up_swiglu(
         layout.tile_count, matrix(w13, TILE_COLUMNS // 2, DEPTH),
         clipped(activated if gate_up is None else gate_up), activated,
         HIDDEN=hidden, INTERMEDIATE=intermediate, TOP_K=top_k or 0, KEEP=keep_gate_up, IN_SLOT=slot is not None,
-        STAGES=STAGES, num_warps=4,
+        AWAITED=slot is not None and not slot.arrived, STAGES=STAGES, num_warps=4,
     )  # fmt: skip
     return gate_up, activated
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import protocol
 from .hopper import DEPTH, HAS_GLUON, TILE_COLUMNS, TILE_ROWS, matrix
 from .layout import Layout
+from .protocol import Round
 
 if HAS_GLUON:
     from triton.experimental import gluon
@@ -155,21 +156,20 @@ if HAS_GLUON:
 
 
 def project_to_owner(
-    context: Tensor,
-    ticket: Tensor,
+    round_: Round,
     inputs: Tensor,
     layout: Layout,
     top_k: int,
     weight: Tensor,
     column_dim: int,
     programs: int,
-    paced: bool,
 ) -> None:
     """See ``experts_to_owner.project_to_owner``."""
     hidden, depth = weight.shape[column_dim], weight.shape[3 - column_dim]
     block = (TILE_COLUMNS, DEPTH) if column_dim == 1 else (DEPTH, TILE_COLUMNS)
     project_to_owner_kernel[(programs,)](
-        context, ticket, matrix(inputs, TILE_ROWS, DEPTH), layout.order, layout.tiles, layout.tile_count,
+        round_.context, round_.ticket, matrix(inputs, TILE_ROWS, DEPTH), layout.order, layout.tiles, layout.tile_count,
         matrix(weight, *block),
-        DEPTH_SIZE=depth, HIDDEN=hidden, TRANSPOSED=column_dim == 2, TOP_K=top_k, PACED=paced, STAGES=3, num_warps=4,
+        DEPTH_SIZE=depth, HIDDEN=hidden, TRANSPOSED=column_dim == 2, TOP_K=top_k, PACED=round_.paced, STAGES=3,
+        num_warps=4,
     )  # fmt: skip

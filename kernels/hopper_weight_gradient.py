@@ -205,7 +205,7 @@ def weight_gradient(
     result = sorted_rows.new_empty(shape) if accumulate_into is None else accumulate_into
     staged = result if accumulate_into is None else sorted_rows
     weight_gradient_kernel[(programs or multiprocessors(sorted_rows.device),)](
-        layout.order if slot is None else slot.ticket, gathered_rows, clipped(sorted_rows, TILE_COLUMNS),
+        layout.order if slot is None else slot.round_.ticket, gathered_rows, clipped(sorted_rows, TILE_COLUMNS),
         layout.order, layout.offsets, matrix(staged, CHUNK, CHUNK), result,
         EXPERTS=experts, LEFT_SIZE=left, RIGHT_SIZE=right, TOP_K=top_k,
         TRANSPOSED=transposed, ACCUMULATE=accumulate_into is not None, PLANE=-1 if slot is None else slot.plane,

@@ -21,7 +21,8 @@ context nothing waits, nothing is written to a peer, and combine gives NaN, unti
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -56,7 +57,11 @@ COMBINE_ROWS = tl.constexpr(21)  # [depth, max_tokens, top_k, hidden]
 COMBINE_SCALARS = tl.constexpr(22)  # [depth, max_tokens, top_k] float32, gradients of the router weights
 COMBINE_ARRIVAL = tl.constexpr(23)  # [depth, writer] int64
 COMBINE_CREDIT = tl.constexpr(24)  # [depth, owner] int64
-PEERS = tl.constexpr(25)  # base address of the buffer of each rank, as this rank sees it
+COMBINE_STAGED_ROWS = tl.constexpr(25)  # [depth, owner, max_tokens, hidden], what is put: put.py
+COMBINE_STAGED_SCALARS = tl.constexpr(26)  # [depth, owner, max_tokens, top_k] float32
+# Base address of each rank's buffer as this rank reaches it by load and store, 0 where it does not. After them the same
+# once more, as far as memory is shared: the interpreter's puts need it.
+PEERS = tl.constexpr(27)
 
 REGION_NAMES = (
     "dispatch_rows",
@@ -72,6 +77,8 @@ REGION_NAMES = (
     "combine_scalars",
     "combine_arrival",
     "combine_credit",
+    "combine_staged_rows",
+    "combine_staged_scalars",
 )
 
 # Words of a ticket, int64, in device memory.
@@ -112,9 +119,16 @@ def own_region(context, REGION: tl.constexpr, DTYPE: tl.constexpr):
 def row_pointers(context, peer, REGION: tl.constexpr, row, COLUMNS: tl.constexpr, DTYPE: tl.constexpr):
     """Pointers to rows of ``COLUMNS`` elements at ``peer``; both may be blocks of the same shape."""
     NBYTES: tl.constexpr = COLUMNS * DTYPE.primitive_bitwidth // 8
+    return pointers_at(tl.load(context + PEERS + peer) + tl.load(context + REGION) + row * NBYTES, NBYTES, DTYPE)
+
+
+@triton.jit
+def pointers_at(address, NBYTES: tl.constexpr, DTYPE: tl.constexpr):
+    """Addresses that are multiples of ``NBYTES`` from the start of a region, as pointers.
+
+    Addresses from memory are of unknown alignment to the compiler, which would store element by element.
+    """
     ALIGNMENT: tl.constexpr = 16 if NBYTES % 16 == 0 else 8 if NBYTES % 8 == 0 else 4 if NBYTES % 4 == 0 else 1
-    address = tl.load(context + PEERS + peer) + tl.load(context + REGION) + row * NBYTES
-    # Addresses from memory are of unknown alignment to the compiler, which would store element by element.
     return tl.multiple_of(tl.multiple_of(address, ALIGNMENT).to(tl.pointer_type(DTYPE)), ALIGNMENT)
 
 
@@ -170,7 +184,7 @@ def _open_round(context, ticket):
 
 
 @triton.jit
-def _flag_index(context, ticket, FLAGS: tl.constexpr, PLANE: tl.constexpr):
+def flag_index(context, ticket, FLAGS: tl.constexpr, PLANE: tl.constexpr):
     """Index of the flag of rank 0 in this round's slot."""
     slot = slot_of(context, ticket)
     if FLAGS == ROWS_ARRIVAL:
@@ -185,7 +199,7 @@ def _wait(context, ticket, FLAGS: tl.constexpr, IS_CREDIT: tl.constexpr, PLANE: 
     expected = epoch
     if IS_CREDIT:
         expected = epoch - tl.load(context + DEPTH)
-    flag = own_region(context, FLAGS, tl.int64) + _flag_index(context, ticket, FLAGS, PLANE) + peer
+    flag = own_region(context, FLAGS, tl.int64) + flag_index(context, ticket, FLAGS, PLANE) + peer
     if is_alive(context):
         timeout = tl.where(tl.load(context + EXPIRED) == 0, tl.load(context + TIMEOUT_NANOSECONDS), 0)
         start = nanoseconds()
@@ -201,28 +215,44 @@ def _wait(context, ticket, FLAGS: tl.constexpr, IS_CREDIT: tl.constexpr, PLANE: 
 @triton.jit
 def _announce(context, ticket, FLAGS: tl.constexpr, PLANE: tl.constexpr):
     peer = tl.program_id(0)
-    if is_alive(context):
-        index = _flag_index(context, ticket, FLAGS, PLANE) + tl.load(context + RANK)
+    if is_alive(context) & (tl.load(context + PEERS + peer) != 0):
+        index = flag_index(context, ticket, FLAGS, PLANE) + tl.load(context + RANK)
         flag = region(context, peer, FLAGS, tl.int64) + index
         tl.atomic_xchg(flag, tl.load(ticket), sem="release", scope="sys")
+
+
+class Round(NamedTuple):
+    """A round as kernels see it.
+
+    context, ticket: see above, on the device. world: ranks. programs: of 16 warps each, one a multiprocessor, what
+    communication may take of the GPU. paced: whether stores to peers keep to the context's link rate. puts: how kernels
+    with NVSHMEM's calls are launched, None where every peer is reached by load and store.
+    """
+
+    context: Tensor
+    ticket: Tensor
+    world: int
+    programs: int
+    paced: bool = False
+    puts: Mapping[str, Any] | None = None
 
 
 class SlotRows(NamedTuple):
     """Rows that a kernel gathers from the dispatch slot of a round, instead of from memory of this rank alone.
 
     Row ``r`` of the slot is row ``ticket[TICKET_FIRST_ROW + plane] + r`` of the region. arrived: whether somebody has
-    waited for them already.
+    waited for all of them; otherwise kernels may wait for each row's own flag, which only stores raise.
     """
 
-    context: Tensor
-    ticket: Tensor
-    world: int
+    round_: Round
     plane: int = 0
     arrived: bool = False
 
-    def wait(self) -> None:
+    def wait(self) -> SlotRows:
+        """Wait for all of them, unless somebody has."""
         if not self.arrived:
-            wait_arrival(self.context, self.ticket, self.world, ROWS_ARRIVAL, self.plane)
+            wait_arrival(self.round_, ROWS_ARRIVAL, self.plane)
+        return self._replace(arrived=True)
 
 
 def open_round(context, ticket) -> None:
@@ -230,16 +260,20 @@ def open_round(context, ticket) -> None:
     _open_round[(1,)](context, ticket)
 
 
-def wait_credit(context, ticket, world: int, flags: tl.constexpr) -> None:
+def wait_credit(round_: Round, flags: tl.constexpr) -> None:
     """Wait until every reader has released the slot that this round writes."""
-    _wait[(world,)](context, ticket, FLAGS=flags.value, IS_CREDIT=True, PLANE=0, num_warps=1)
+    _wait[(round_.world,)](round_.context, round_.ticket, FLAGS=flags.value, IS_CREDIT=True, PLANE=0, num_warps=1)
 
 
-def wait_arrival(context, ticket, world: int, flags: tl.constexpr, plane: int = 0) -> None:
+def wait_arrival(round_: Round, flags: tl.constexpr, plane: int = 0) -> None:
     """Wait until every writer has announced this round."""
-    _wait[(world,)](context, ticket, FLAGS=flags.value, IS_CREDIT=False, PLANE=plane, num_warps=1)
+    _wait[(round_.world,)](round_.context, round_.ticket, FLAGS=flags.value, IS_CREDIT=False, PLANE=plane, num_warps=1)
 
 
-def announce(context, ticket, world: int, flags: tl.constexpr, plane: int = 0) -> None:
+def announce(round_: Round, flags: tl.constexpr, plane: int = 0) -> None:
     """Raise this rank's flag at every rank: what this stream did before is visible to whoever sees it."""
-    _announce[(world,)](context, ticket, FLAGS=flags.value, PLANE=plane, num_warps=1)
+    _announce[(round_.world,)](round_.context, round_.ticket, FLAGS=flags.value, PLANE=plane, num_warps=1)
+    if round_.puts is not None:
+        from .put import signal
+
+        signal(round_, flags, plane)

@@ -28,6 +28,7 @@ def init(
     backend: str | None = None,
     device: torch.device | str | None = None,
     timeout: float = 60.0,
+    by_put: bool = False,
 ) -> SymmetricMemory:
     """Open symmetric memory among the ranks of ``group``; collective.
 
@@ -35,6 +36,7 @@ def init(
     backend: one of ``BACKENDS``; by default ``local`` for one rank, otherwise ``nvshmem`` on GPUs and ``shm`` on CPUs.
     device: by default the current GPU, or the CPU where there is none.
     timeout: seconds after which any wait for a peer ends in ``PeerTimeout``.
+    by_put: reach every peer by puts, as those are that no load or store reaches; for tests.
     Raises UsageError for an unknown backend, or one that does not fit the device or the number of ranks.
     """
     import torch.distributed as dist
@@ -63,10 +65,10 @@ def init(
     if backend == "shm":
         from farskip_fused.symmetric.shm import SharedMemory
 
-        return SharedMemory(group, timeout)
+        return SharedMemory(group, timeout, by_put)
     from farskip_fused.symmetric.nvshmem import NvshmemMemory
 
-    return NvshmemMemory(group, where, timeout)
+    return NvshmemMemory(group, where, timeout, by_put)
 
 
 def _resolve_device(device: torch.device | str | None) -> torch.device:

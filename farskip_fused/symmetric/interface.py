@@ -17,7 +17,7 @@ class SymmetricBuffer(NamedTuple):
     """A buffer of the same size at every rank.
 
     memory: [nbytes] uint8, this rank's part, zeros at first.
-    addresses: base address of each rank's part, as this rank reaches it by load and store.
+    addresses: base address of each rank's part, as this rank reaches it by load and store; 0 where it does not.
     """
 
     memory: Tensor
@@ -27,9 +27,13 @@ class SymmetricBuffer(NamedTuple):
 class SymmetricMemory(ABC):
     """Memory that all ranks of a group can store to; made by ``farskip_fused.init``.
 
-    Attributes: backend (name), rank, world, device, timeout (seconds a wait may last); stream, where communication is
-    launched, None on CPU; link_rate, bytes a microsecond to which stores to peers are paced, so that ranks of one GPU
-    see a slower link: for benchmarks alone, set before the first layer is set up, None for as fast as they go.
+    Attributes:
+    backend, rank, world, device; timeout: seconds that a wait may last.
+    stream: where communication is launched, None on CPU.
+    put_to: ranks that this one reaches by puts instead of by load and store. by_put: whether any rank has such peers.
+    puts: how kernels that put are launched, None where there is nothing to put.
+    link_rate: bytes a microsecond to which stores to peers are paced, so that ranks of one GPU see a slower link; for
+        benchmarks alone, set before the first layer is set up. None for as fast as they go.
     """
 
     backend: str
@@ -46,11 +50,20 @@ class SymmetricMemory(ABC):
         self.status = StatusBlock()
         self.stream: torch.cuda.Stream | None = None
         self.link_rate: int | None = None
+        self.put_to: frozenset[int] = frozenset()
+        self.by_put = False
+        self.puts: dict[str, Any] | None = None
         if device.type == "cuda":
             self.stream = torch.cuda.Stream(device)
             torch.cuda.current_stream(device).synchronize()  # the context must exist before memory is mapped into it
             self.status.map_for_device()
         self.buffers: dict[Any, Any] = {}  # slots by shape, see slots.py
+
+    def _reach_by_put(self, ranks: set[int], launch: dict[str, Any]) -> None:
+        """Set which ranks are reached by puts, and how kernels that put are launched; collective."""
+        self.put_to = frozenset(ranks)
+        self.puts = launch if ranks else None
+        self.by_put = any(self.gather(bool(ranks)))
 
     @abstractmethod
     def allocate(self, nbytes: int) -> SymmetricBuffer:

@@ -1,19 +1,24 @@
 """GPUs: NVSHMEM's symmetric heap, bootstrapped over a torch.distributed group.
 
 Several processing elements may share one GPU, under CUDA MPS; without MPS their kernels take turns, which is correct
-and slow. Every peer must be reachable by load and store.
+and slow. Peers of one node are reached by load and store, others by NVSHMEM's puts from inside kernels.
 """
 
 from __future__ import annotations
 
 import os
+import socket
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from triton import knobs
 
 from farskip_fused.errors import UsageError
 from farskip_fused.symmetric.interface import SymmetricBuffer, SymmetricMemory
+
+ALIGNMENT = 256
 
 _open = False
 
@@ -21,7 +26,7 @@ _open = False
 class NvshmemMemory(SymmetricMemory):
     backend = "nvshmem"
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout: float) -> None:
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout: float, by_put: bool) -> None:
         global _open
         if _open:
             raise UsageError("NVSHMEM is open in this process already; use that symmetric memory or close it first.")
@@ -35,7 +40,8 @@ class NvshmemMemory(SymmetricMemory):
         self.group = group
         super().__init__(dist.get_rank(group), dist.get_world_size(group), device, timeout)
         # Inside a node no network card is touched; multicast objects cannot be bound twice on a shared GPU.
-        os.environ.setdefault("NVSHMEM_REMOTE_TRANSPORT", "none")
+        if len(set(self.gather(socket.gethostname()))) == 1:
+            os.environ.setdefault("NVSHMEM_REMOTE_TRANSPORT", "none")
         os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")
         torch.cuda.set_device(device)
         cuda_device = Device(device.index)
@@ -52,6 +58,13 @@ class NvshmemMemory(SymmetricMemory):
         _open = True
         self._library = nvshmem
         self._tensors: list[Any] = []
+        addresses = self.allocate(ALIGNMENT).addresses
+        others = set(range(self.world)) - {self.rank}
+        put_to = others if by_put else {peer for peer in others if addresses[peer] == 0}
+        launch = {"extern_libs": {"libnvshmem_device": _device_library(device)}} if put_to else {}
+        if put_to:
+            knobs.runtime.kernel_load_end_hook.add(_initialise_module)
+        self._reach_by_put(put_to, launch)
 
     def allocate(self, nbytes: int) -> SymmetricBuffer:
         from nvshmem.core.interop import torch as symmetric
@@ -60,16 +73,11 @@ class NvshmemMemory(SymmetricMemory):
         self._tensors.append(memory)
         addresses = []
         for peer in range(self.world):
-            if peer == self.rank:
-                addresses.append(memory.data_ptr())
-                continue
             try:
-                addresses.append(symmetric.get_peer_tensor(memory, peer).data_ptr())
-            except self._library.NvshmemError as error:
-                raise UsageError(
-                    f"Rank {self.rank} cannot reach rank {peer} by load and store ({error}); this version serves "
-                    "ranks of one NVLink domain or one GPU."
-                ) from error
+                at_peer = memory if peer == self.rank else symmetric.get_peer_tensor(memory, peer)
+                addresses.append(at_peer.data_ptr())
+            except self._library.NvshmemError:  # no load or store reaches it
+                addresses.append(0)
         memory.zero_()
         torch.cuda.synchronize(self.device)
         self.barrier()
@@ -93,5 +101,32 @@ class NvshmemMemory(SymmetricMemory):
         for tensor in self._tensors:
             symmetric.free_tensor(tensor)
         self._tensors.clear()
+        if self.puts is not None:
+            knobs.runtime.kernel_load_end_hook.remove(_initialise_module)
         self._library.finalize()
         _open = False
+
+
+def _device_library(device: torch.device) -> str:
+    """NVSHMEM's device functions as bitcode: for this architecture, or for all, as the wheel has it."""
+    import nvidia.nvshmem
+
+    major, minor = torch.cuda.get_device_capability(device)
+    folder = Path(next(iter(nvidia.nvshmem.__path__))) / "lib"
+    for name in (f"libnvshmem_device_sm_{major}{minor}.bc", "libnvshmem_device.bc"):
+        if (folder / name).is_file():
+            return str(folder / name)
+    raise UsageError(
+        f"Some peers are reached by NVSHMEM's puts only, and {folder} has no libnvshmem_device.bc for compute "
+        f"capability {major}.{minor}; install nvidia-nvshmem-cu12 or -cu13."
+    )
+
+
+def _initialise_module(module: int, *_: Any) -> None:
+    """Give a module that calls NVSHMEM its state; without it the first call is an illegal memory access."""
+    from cuda.bindings import driver
+    from nvshmem import bindings
+
+    found, *_ = driver.cuModuleGetGlobal(driver.CUmodule(module), b"nvshmemi_device_state_d")
+    if found == driver.CUresult.CUDA_SUCCESS:
+        bindings.cumodule_init(module)

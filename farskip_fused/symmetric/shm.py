@@ -19,11 +19,12 @@ DIRECTORY = Path("/dev/shm")
 class SharedMemory(SymmetricMemory):
     backend = "shm"
 
-    def __init__(self, group: dist.ProcessGroup, timeout: float) -> None:
+    def __init__(self, group: dist.ProcessGroup, timeout: float, by_put: bool) -> None:
         self.group = group
         super().__init__(dist.get_rank(group), dist.get_world_size(group), torch.device("cpu"), timeout)
         # Mappings of the peers live as long as the memory itself; kernels know them by address only.
         self._mapped: list[torch.UntypedStorage] = []
+        self._reach_by_put(set(range(self.world)) - {self.rank} if by_put else set(), {})
 
     def allocate(self, nbytes: int) -> SymmetricBuffer:
         free = os.statvfs(DIRECTORY)

@@ -23,7 +23,8 @@ class SlotShape:
 
     max_tokens: tokens a rank, at most. depth: rounds in flight, at least 2: dispatch of one layer overlaps combine of
     the layer before. planes: rows of a token that a round carries, 2 where backward dispatches the inputs again beside
-    the gradients. fp8: whether rows may travel as e4m3 with a scale for each 128 columns.
+    the gradients. fp8: whether rows may travel as e4m3 with a scale for each 128 columns. staged: whether some rank
+    reaches some peer by puts.
     """
 
     max_tokens: int
@@ -33,6 +34,7 @@ class SlotShape:
     depth: int = MINIMUM_DEPTH
     planes: int = 1
     fp8: bool = False
+    staged: bool = False
 
     def __post_init__(self) -> None:
         if self.depth < MINIMUM_DEPTH:
@@ -62,6 +64,8 @@ class SlotShape:
             "combine_scalars": leaving * 4,
             "combine_arrival": flags,
             "combine_credit": flags,
+            "combine_staged_rows": arriving * row * self.staged,
+            "combine_staged_scalars": arriving * self.top_k * 4 * self.staged,
         }
         return {name: -(-sizes[name] // ALIGNMENT) * ALIGNMENT for name in protocol.REGION_NAMES}
 
@@ -87,7 +91,7 @@ class Slots:
         regions = shape.regions(memory.world)
         self.shape, self.memory = shape, memory
         self.buffer = memory.allocate(sum(regions.values()))
-        words = [0] * (protocol.PEERS.value + memory.world)
+        words = [0] * (protocol.PEERS.value + 2 * memory.world)
         words[protocol.TIMEOUT_NANOSECONDS.value] = int(memory.timeout * 1e9)
         words[protocol.STATUS_ADDRESS.value] = memory.status.address
         words[protocol.RANK.value] = memory.rank
@@ -100,7 +104,8 @@ class Slots:
         for word, size in enumerate(regions.values(), start=protocol.DISPATCH_ROWS.value):
             words[word] = offset
             offset += size
-        words[protocol.PEERS.value :] = self.buffer.addresses
+        reached = [0 if rank in memory.put_to else address for rank, address in enumerate(self.buffer.addresses)]
+        words[protocol.PEERS.value :] = reached + self.buffer.addresses
         self.context = torch.tensor(words, dtype=torch.int64, device=memory.device)
         first = words[protocol.DISPATCH_ROWS.value]
         rows = self.buffer.memory[first : first + regions["dispatch_rows"]].view(shape.dtype)

@@ -70,7 +70,8 @@ def hopper_variants(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
                 hopper_forward.up_swiglu_kernel.warmup(
                     context, context, rows, rows_box, index, index, index,
                     hopper.matrix(w13, hopper.TILE_COLUMNS // 2, hopper.DEPTH), hopper.clipped(gate_up), activated,
-                    HIDDEN=HIDDEN, INTERMEDIATE=INTERMEDIATE, TOP_K=top_k, KEEP=keep, IN_SLOT=in_slot, **tile,
+                    HIDDEN=HIDDEN, INTERMEDIATE=INTERMEDIATE, TOP_K=top_k, KEEP=keep,
+                    IN_SLOT=in_slot, AWAITED=in_slot, **tile,
                 ),
             )  # fmt: skip
         yield (
@@ -79,7 +80,7 @@ def hopper_variants(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
                 context, context, rows, rows_box, weights, index, index, index,
                 hopper.matrix(w2, hopper.DEPTH, hopper.TILE_COLUMNS), hopper.matrix(gate_up, 32, hopper.CHUNK),
                 gate_up, activated, parts,
-                HIDDEN=HIDDEN, INTERMEDIATE=INTERMEDIATE, TOP_K=top_k, IN_SLOT=in_slot, **tile,
+                HIDDEN=HIDDEN, INTERMEDIATE=INTERMEDIATE, TOP_K=top_k, IN_SLOT=in_slot, AWAITED=in_slot, **tile,
             ),
         )  # fmt: skip
     for inputs, weight, transposed in ((activated, w2, False), (gate_up, w13, True)):

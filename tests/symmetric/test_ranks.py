@@ -24,6 +24,16 @@ def test_ranks_compute_what_one_rank_computes_under_skew(device, world, rounds, 
     assert [outcome["rank"] for outcome in outcomes] == list(range(world))
 
 
+@pytest.mark.parametrize("device", RUNGS)
+@pytest.mark.parametrize("options", [{}, {"keep_received": False}], ids=["kept", "dispatched again"])
+def test_ranks_that_reach_each_other_by_puts_compute_the_same(device, options):
+    rounds = 8 if device == "cpu" else 80
+    run_ranks(
+        rank_programs.compare_with_world_of_one, 2, rounds, torch.float32, 0.05, {**options, "combine": "presummed"},
+        device=device, wait_timeout=30.0, by_put=True,
+    )  # fmt: skip
+
+
 @pytest.mark.rung3
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_on_the_gpu(dtype):
