@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from farskip_fused.launch import RankFailed, run_ranks, run_ranks_unchecked
-from tests.symmetric import rank_programs
+from tests.symmetric import rank_programs, soak
 
 RUNGS = [pytest.param("cpu", marks=pytest.mark.rung2), pytest.param("cuda", marks=pytest.mark.rung3)]
 
@@ -22,6 +22,12 @@ def test_ranks_compute_what_one_rank_computes_under_skew(device, world, rounds, 
         device=device, wait_timeout=30.0,
     )  # fmt: skip
     assert [outcome["rank"] for outcome in outcomes] == list(range(world))
+
+
+@pytest.mark.parametrize("device", RUNGS)
+def test_a_hundred_rounds_of_changing_shapes_stay_bitwise_equal(device):
+    pairs = 25 if device == "cpu" else 250
+    assert run_ranks(soak.soak, 2, 0, pairs, 1, 120.0, device=device, wait_timeout=30.0) == [pairs] * 2
 
 
 @pytest.mark.parametrize("device", RUNGS)
