@@ -218,13 +218,13 @@ def plan(
     json_file: JsonFile = None,
 ) -> None:
     """Predict what conversion gains, standard against FarSkip, by simulating the schedule; needs no GPU."""
-    from farskip_fused.plan import Job, command
+    from farskip_fused.plan import command
 
-    job = Job(
-        model=model, cluster=cluster, ep=ep, tp=tp, dp=dp, sequence=sequence, batch=batch, phase=phase,
-        precision=precision, connectivity=connectivity, depth=depth, transport=transport, skew=skew, layers=layers,
-        micro_batches=micro_batches,
-    )  # fmt: skip
+    job = {
+        "model": model, "cluster": cluster, "ep": ep, "tp": tp, "dp": dp, "sequence": sequence, "batch": batch,
+        "phase": phase, "precision": precision, "connectivity": connectivity, "depth": depth, "transport": transport,
+        "skew": skew, "layers": layers, "micro_batches": micro_batches,
+    }  # fmt: skip
     write_json(json_file, command.run(job, swept=sweep, figure=figure, html=html))
 
 

@@ -7,6 +7,7 @@ measured for a GPU, its datasheet's peak is taken times the share that an H100 r
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,8 @@ def find_cluster(name: str | Path | Cluster) -> Cluster:
 
 
 def _from_yaml(path: Path) -> Cluster:
+    if find_spec("yaml") is None:
+        raise UsageError("A cluster from a file needs PyYAML; run: pip install 'farskip-fused[demo]'.")
     import yaml
 
     try:

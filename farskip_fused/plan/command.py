@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from farskip_fused.plan.prediction import predict
 from farskip_fused.plan.sweep import parse_swept, sweep
 
 
-def run(job: Job, *, swept: str | None = None, figure: Path | None = None, html: Path | None = None) -> dict[str, Any]:
-    """Print, write what was asked for, and return what --json holds."""
+def run(
+    job: Mapping[str, Any], *, swept: str | None = None, figure: Path | None = None, html: Path | None = None
+) -> dict[str, Any]:
+    """Print, write what was asked for, and return what --json holds. job: arguments of a ``Job``."""
     names = parse_swept(swept) if swept is not None else None
     if figure is not None:
         checked_path(figure, ".png", ".svg")
@@ -28,11 +31,11 @@ def run(job: Job, *, swept: str | None = None, figure: Path | None = None, html:
         rendering.render_sweep(splits)
         report, shown = splits.to_dict(), splits.predictions[0].job
     else:
-        prediction = predict(job)
+        prediction = predict(Job(**job))
         rendering.render(prediction)
-        report, shown = prediction.to_dict(), job
+        report, shown = prediction.to_dict(), prediction.job
         if html is not None:
             write_page(html, prediction)
     if figure is not None:
-        draw(figure, shown, splits if names is not None else sweep(job))
+        draw(figure, shown, splits if names is not None else sweep(shown))
     return report

@@ -52,6 +52,13 @@ class Direction:
         return self.blocking - self.compute
 
     @property
+    def in_flight_overlap(self) -> float | None:
+        """Share of the time of transfers in which something computes, as a trace shows it; None without transfers.
+
+        Higher than ``overlap``, which also counts the computation that transfers slow down."""
+        return 1 - self.idle / self.communication if self.communication > 1e-9 else None
+
+    @property
     def exposed(self) -> float:
         """ms of a layer by which the connectivity asked for is slower than its computation."""
         return self.farskip - self.compute
@@ -127,12 +134,14 @@ class Prediction:
 def predict(job: Job) -> Prediction:
     """Simulate the job's layers under standard connectivity and the one asked for."""
     prediction = _once(job)
-    corners = [
-        _once(replace(job, cluster=scaled(job.machines, compute=compute, links=links))).gain
-        for compute, links in ((1 - COMPUTE_ERROR, 1 + LINK_ERROR), (1 + COMPUTE_ERROR, 1 - LINK_ERROR))
-    ]
-    values = [prediction.gain, *corners]
-    return replace(prediction, low=min(values), high=max(values))
+    gains = [prediction.gain, *(one.gain for one in corners(job))]
+    return replace(prediction, low=min(gains), high=max(gains))
+
+
+def corners(job: Job) -> list[Prediction]:
+    """Of the job with slower computation and faster links, and the other way round, as far as either may be off."""
+    errors = ((1 - COMPUTE_ERROR, 1 + LINK_ERROR), (1 + COMPUTE_ERROR, 1 - LINK_ERROR))
+    return [_once(replace(job, cluster=scaled(job.machines, compute=c, links=links))) for c, links in errors]
 
 
 def _once(job: Job) -> Prediction:
@@ -159,7 +168,7 @@ def orders(job: Job, backward: bool) -> tuple[tuple[Action, ...], tuple[Action, 
 def timelines(job: Job, backward: bool = False) -> tuple[Durations, dict[str, Timeline]]:
     """Durations and the simulated stacks "blocking", "standard" and "farskip" (the connectivity asked for).
 
-    The fused transport sends results tile by tile or summed for each rank, whichever makes a layer faster.
+    The fused transport sends results tile by tile or summed for each rank, whichever makes the stack faster.
     """
     durations_of = backward_durations if backward else forward_durations
     standard, asked = orders(job, backward)
@@ -169,14 +178,18 @@ def timelines(job: Job, backward: bool = False) -> tuple[Durations, dict[str, Ti
         forms.append(durations_of(job, early_combine=False))
     for name, order, blocking in (("blocking", standard, True), (STANDARD, standard, False), ("farskip", asked, False)):
         runs = [simulate(order, one, backward=backward, blocking=blocking) for one in forms]
-        found[name] = min(runs, key=lambda run: run.layer_time)
+        found[name] = min(runs, key=lambda run: _stack(job, run))
     return forms[0], found
+
+
+def _stack(job: Job, timeline: Timeline) -> float:
+    """ms of all the model's MoE layers, from a stack of ``LAYERS``."""
+    return timeline.makespan + (job.sizes.moe_layers - LAYERS) * timeline.layer_time
 
 
 def _direction(job: Job, backward: bool) -> Direction:
     durations, found = timelines(job, backward)
-    beyond = job.sizes.moe_layers - LAYERS
-    stacks = {name: one.makespan + beyond * one.layer_time for name, one in found.items()}
+    stacks = {name: _stack(job, one) for name, one in found.items()}
     times = {name: one.layer_time for name, one in found.items()}
     return Direction(
         "backward" if backward else "forward",

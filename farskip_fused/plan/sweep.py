@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from farskip_fused.errors import UsageError
 from farskip_fused.plan.job import Job
+from farskip_fused.plan.models import find_model
 from farskip_fused.plan.prediction import Prediction, predict
 
 SWEPT = ("ep", "tp")
@@ -41,28 +42,31 @@ def parse_swept(text: str) -> tuple[str, ...]:
     return names
 
 
-def sweep(job: Job, swept: Iterable[str] = SWEPT) -> Sweep:
+def sweep(job: Job | Mapping[str, Any], swept: Iterable[str] = SWEPT) -> Sweep:
     """Predict every split of the job's GPUs over powers of two of what is swept.
 
-    A replica of ``tp`` GPUs gets ``tp`` times the sequences of one GPU, so that tokens a GPU stay the same.
+    job: a job, or the arguments of one whose own split need not be possible. A replica of ``tp`` GPUs gets ``tp``
+    times the sequences of one GPU, so that tokens a GPU stay the same.
     Raises UsageError if no split is possible, with the reason of the last.
     """
-    swept, found, refused = set(swept), [], {}
-    tps = _powers(job.gpus) if "tp" in swept else [job.tp]
-    eps = _powers(min(job.gpus, job.sizes.experts)) if "ep" in swept else [job.ep]
-    for tp in tps:
-        for ep in eps:
-            batch = job.batch * tp / job.tp
+    given = {field.name: getattr(job, field.name) for field in fields(Job)} if isinstance(job, Job) else dict(job)
+    tp, ep, batch = (given.get(name) or Job.__dataclass_fields__[name].default for name in ("tp", "ep", "batch"))
+    gpus = tp * (given.get("dp") or max(1, -(-ep // tp)))
+    swept, found, refused, known = set(swept), [], {}, find_model(given["model"]).experts
+    for tried_tp in _powers(gpus) if "tp" in swept else [tp]:
+        for tried_ep in _powers(min(gpus, known)) if "ep" in swept else [ep]:
+            sequences = batch * tried_tp / tp
             try:
-                if batch != int(batch):
-                    raise UsageError(f"batch {job.batch} of TP {job.tp} is no whole number for TP {tp}.")
-                if job.gpus % tp:
-                    raise UsageError(f"{job.gpus} GPUs do not divide over TP {tp}.")
-                found.append(predict(replace(job, ep=ep, tp=tp, dp=job.gpus // tp, batch=int(batch))))
+                if sequences != int(sequences):
+                    raise UsageError(f"batch {batch} of TP {tp} is no whole number for TP {tried_tp}.")
+                if gpus % tried_tp:
+                    raise UsageError(f"{gpus} GPUs do not divide over TP {tried_tp}.")
+                split = {"ep": tried_ep, "tp": tried_tp, "dp": gpus // tried_tp, "batch": int(sequences)}
+                found.append(predict(Job(**{**given, **split})))
             except UsageError as error:
-                refused[ep, tp] = str(error)
+                refused[tried_ep, tried_tp] = str(error)
     if not found:
-        raise UsageError(f"No split of {job.gpus} GPUs is possible: {next(reversed(refused.values()))}")
+        raise UsageError(f"No split of {gpus} GPUs is possible: {next(reversed(refused.values()))}")
     found.sort(key=lambda one: -one.tokens_per_second)
     return Sweep(found, refused)
 
