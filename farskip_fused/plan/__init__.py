@@ -8,6 +8,7 @@ from farskip_fused.plan.clusters import CLUSTERS, Cluster
 from farskip_fused.plan.job import PHASES, PRECISIONS, TRANSPORTS, Job
 from farskip_fused.plan.models import MODELS, Model
 from farskip_fused.plan.prediction import Prediction, predict, recommendation
+from farskip_fused.plan.splits import Sweep, sweep
 
 __all__ = [
     "CLUSTERS",
@@ -19,6 +20,8 @@ __all__ = [
     "Job",
     "Model",
     "Prediction",
+    "Sweep",
     "predict",
     "recommendation",
+    "sweep",
 ]

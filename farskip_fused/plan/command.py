@@ -12,7 +12,7 @@ from farskip_fused.plan.figure import checked_path, draw
 from farskip_fused.plan.job import Job
 from farskip_fused.plan.page import write_page
 from farskip_fused.plan.prediction import predict
-from farskip_fused.plan.sweep import parse_swept, sweep
+from farskip_fused.plan.splits import parse_swept, sweep
 
 
 def run(

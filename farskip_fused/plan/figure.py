@@ -9,7 +9,7 @@ from farskip_fused.errors import UsageError
 from farskip_fused.plan.job import Job
 from farskip_fused.plan.prediction import timelines
 from farskip_fused.plan.rendering import LOOKS, shown, title
-from farskip_fused.plan.sweep import Sweep, frontier
+from farskip_fused.plan.splits import Sweep, frontier
 from farskip_fused.plan.timeline import COMPUTE, LINK, merged
 
 

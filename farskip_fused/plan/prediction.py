@@ -20,10 +20,11 @@ from farskip_fused.plan.job import Job
 from farskip_fused.plan.timeline import LAYERS, Timeline, compute_bound, simulate
 from farskip_fused.schedule import Action, backward_order, forward_order, tensor_parallel_order
 
-# The range of a speed-up: rates of computation and of links off by so much, in opposite directions. Computation: twice
-# the worst error over bench/results of what kernels.py says of our own kernels. Links: DeepEP's published shares of a
-# link's peak lie between 0.71 and 0.86.
-COMPUTE_ERROR, LINK_ERROR = 0.1, 0.2
+# Factors on the rates of computation and of links between which a gain's range is taken. Computation: twice the worst
+# error over bench/results of what kernels.py says of our own kernels; slower, down to the share of the achievable rate
+# that AMD calls typically attained over shapes of real models (ROCm blog on TAF, MI325X: 74 to 81 %). Links: DeepEP's
+# published shares of a link's peak lie between 0.71 and 0.86.
+COMPUTE_RANGE, LINK_RANGE = (0.74, 1.1), (0.8, 1.2)
 WORTH = 1.03  # below this, conversion is not recommended: distillation costs more than a few per cent of a run
 STANDARD = "standard"
 
@@ -133,18 +134,20 @@ class Prediction:
 
 def predict(job: Job) -> Prediction:
     """Simulate the job's layers under standard connectivity and the one asked for."""
-    prediction = _once(job)
+    prediction = predict_once(job)
     gains = [prediction.gain, *(one.gain for one in corners(job))]
     return replace(prediction, low=min(gains), high=max(gains))
 
 
 def corners(job: Job) -> list[Prediction]:
-    """Of the job with slower computation and faster links, and the other way round, as far as either may be off."""
-    errors = ((1 - COMPUTE_ERROR, 1 + LINK_ERROR), (1 + COMPUTE_ERROR, 1 - LINK_ERROR))
-    return [_once(replace(job, cluster=scaled(job.machines, compute=c, links=links))) for c, links in errors]
+    """Of the job with rates of computation and links off as far as they may be: one, the other, and both apart."""
+    (slow, fast), (narrow, wide) = COMPUTE_RANGE, LINK_RANGE
+    rates = ((slow, 1.0), (fast, 1.0), (1.0, narrow), (1.0, wide), (slow, wide), (fast, narrow))
+    return [predict_once(replace(job, cluster=scaled(job.machines, compute=c, links=links))) for c, links in rates]
 
 
-def _once(job: Job) -> Prediction:
+def predict_once(job: Job) -> Prediction:
+    """Like ``predict``, without a range."""
     forward, backward = _direction(job, False), _direction(job, True) if job.phase == "training" else None
     outside = outside_moe_layers(job)
     step = {}

@@ -9,7 +9,7 @@ from rich.text import Text
 from farskip_fused.plan.durations import backward_durations, forward_durations
 from farskip_fused.plan.job import TRANSPORTS, Job
 from farskip_fused.plan.prediction import Prediction, recommendation, timelines
-from farskip_fused.plan.sweep import Sweep
+from farskip_fused.plan.splits import Sweep
 from farskip_fused.plan.timeline import COMPUTE, LINK, Interval, Timeline
 
 # Letter and colour of what fills a lane; the figure and the page use the colours too.

@@ -41,16 +41,22 @@ class Timeline:
 
     @property
     def layer_time(self) -> float:
-        """Milliseconds of a layer in the middle of the stack, where neither end shows: a mean over several."""
-        last = len(self.turns) - 3
-        return (self.turns[last] - self.turns[SETTLED]) / (last - SETTLED)
+        """Milliseconds of a layer in the middle of the stack, where neither end shows: a mean over several.
+
+        The slower of stream and link: a stream may run ahead of its link for many layers before it has to wait.
+        """
+        arrivals: dict[int, float] = {}
+        for one in self.of(LINK):
+            arrivals[one.layer] = one.end
+        paces = [self.turns, sorted(arrivals.values())] if len(arrivals) > SETTLED + 3 else [self.turns]
+        return max((pace[-3] - pace[SETTLED]) / (len(pace) - 3 - SETTLED) for pace in paces)
 
     @property
     def idle(self) -> float:
         """Milliseconds of a layer that the compute stream waits, over the same layers."""
         begin, end = self.turns[SETTLED], self.turns[-3]
         working = sum(max(0.0, min(one.end, end) - max(one.start, begin)) for one in self.of(COMPUTE))
-        return self.layer_time - working / (len(self.turns) - 3 - SETTLED)
+        return self.layer_time - working / (len(self.turns) - 3 - SETTLED) if end > begin else 0.0
 
     @property
     def makespan(self) -> float:

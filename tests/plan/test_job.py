@@ -29,7 +29,10 @@ LITE = "deepseek-v2-lite"
         ({"layers": 28}, "28 layers were asked for; deepseek-v2-lite has 27"),
         ({"layers": 1}, "The first 1 layers of deepseek-v2-lite are dense"),
         ({"phase": "prefill", "tp": 8, "dp": 1, "connectivity": "moe_only"}, "no order for moe_only; use farskip or"),
-        ({"model": "deepseek-v3", "ep": 8}, r"deepseek-v3 does not fit: a GPU of h100-ib400 has 72 GB to use of 80.*weights"),
+        (
+            {"model": "deepseek-v3", "ep": 8},
+            r"deepseek-v3 does not fit: a GPU of h100-ib400 has 72 GB to use of 80.*weights",
+        ),
         ({"model": "deepseek-v3", "phase": "decode", "ep": 32, "batch": 4096}, "does not fit.*cache"),
     ],
 )
@@ -39,7 +42,11 @@ def test_impossible_jobs_are_refused_with_the_numbers(wrong, message):
 
 
 def test_replicas_cover_expert_parallelism_by_default():
-    assert (Job(LITE, ep=16).gpus, Job(LITE, ep=16, tp=4).dp, Job(LITE, "mi325x-400", ep=1, phase="decode").gpus) == (16, 4, 1)
+    assert (Job(LITE, ep=16).gpus, Job(LITE, ep=16, tp=4).dp, Job(LITE, "mi325x-400", ep=1, phase="decode").gpus) == (
+        16,
+        4,
+        1,
+    )
 
 
 def test_weights_of_a_job_without_parallelism_are_the_model():

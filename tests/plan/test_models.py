@@ -72,7 +72,9 @@ def test_converted_and_multimodal_configurations_are_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "farskip_llama4", "text_config": text}))
     model = find_model(tmp_path)
     assert model.hidden == 64 and model.moe_layers == 2
-    assert find_model(tmp_path / "config.json") == model.__class__(**{**vars(model), "name": str(tmp_path / "config.json")})
+    assert find_model(tmp_path / "config.json") == model.__class__(
+        **{**vars(model), "name": str(tmp_path / "config.json")}
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,5 +93,5 @@ def test_bad_configurations_are_refused(tmp_path, content, message):
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(UsageError, match="Unknown model 'gpt-9'; use deepseek-v2-lite, .*qwen3-30b-a3b"):
+    with pytest.raises(UsageError, match=r"Unknown model 'gpt-9'; use deepseek-v2-lite, .*qwen3-30b-a3b"):
         find_model("gpt-9")

@@ -12,7 +12,7 @@ from farskip_fused.plan import Job, predict
 from farskip_fused.plan.figure import draw
 from farskip_fused.plan.page import write_page
 from farskip_fused.plan.rendering import LOOKS, lane_text, render, render_sweep
-from farskip_fused.plan.sweep import sweep
+from farskip_fused.plan.splits import sweep
 from farskip_fused.plan.timeline import LINK, Interval, Timeline
 from farskip_fused.schedule import ACTIONS, BACKWARD_ACTIONS, BACKWARD_TRANSFERS, REDUCTIONS, TRANSFERS
 from tests.plan.browser import Page, find_browser
@@ -63,7 +63,7 @@ def test_the_figure_is_drawn(tmp_path, suffix):
 
 
 def test_files_that_cannot_be_written_are_refused(tmp_path):
-    with pytest.raises(UsageError, match="must end in .png or .svg"):
+    with pytest.raises(UsageError, match=r"must end in \.png or \.svg"):
         draw(tmp_path / "plan.gif", JOB)
     with pytest.raises(UsageError, match="does not exist"):
         write_page(tmp_path / "nowhere" / "plan.html", predict(JOB))
@@ -72,7 +72,7 @@ def test_files_that_cannot_be_written_are_refused(tmp_path):
 def test_the_page_needs_nothing_else(tmp_path):
     write_page(tmp_path / "plan.html", predict(JOB))
     page = (tmp_path / "plan.html").read_text()
-    assert not re.search(r'(src|href)=|@import|url\(|https?://(?!www\.w3\.org/2000/svg)', page)
+    assert not re.search(r"(src|href)=|@import|url\(|https?://(?!www\.w3\.org/2000/svg)", page)
     assert "@DATA@" not in page and len(page) < 200_000
 
 
@@ -108,7 +108,18 @@ def test_hovering_over_the_page_says_what_a_bar_is(tmp_path):
 
 def test_the_command_writes_what_is_asked_for(tmp_path, capsys):
     files = [tmp_path / name for name in ("plan.json", "plan.html", "plan.svg")]
-    arguments = ["--cluster", "h200-ib400", "--ep", "16", "--transport", "fused", "--json", files[0], "--html", files[1]]
+    arguments = [
+        "--cluster",
+        "h200-ib400",
+        "--ep",
+        "16",
+        "--transport",
+        "fused",
+        "--json",
+        files[0],
+        "--html",
+        files[1],
+    ]
     with pytest.raises(SystemExit, match="0"):
         cli.main(["plan", "qwen3-30b-a3b", *map(str, arguments), "--figure", str(files[2])])
     report = json.loads(files[0].read_text())
@@ -120,7 +131,18 @@ def test_the_command_writes_what_is_asked_for(tmp_path, capsys):
 
 def test_the_command_sweeps(tmp_path):
     with pytest.raises(SystemExit, match="0"):
-        cli.main(["plan", "qwen3-30b-a3b", "--cluster", "h200-ib400", "--sweep", "ep,tp", "--json", str(tmp_path / "sweep.json")])
+        cli.main(
+            [
+                "plan",
+                "qwen3-30b-a3b",
+                "--cluster",
+                "h200-ib400",
+                "--sweep",
+                "ep,tp",
+                "--json",
+                str(tmp_path / "sweep.json"),
+            ]
+        )
     report = json.loads((tmp_path / "sweep.json").read_text())
     assert len(report["predictions"]) + len(report["refused"]) == 16
 

@@ -14,7 +14,7 @@ from farskip_fused.plan import CLUSTERS, MODELS, PHASES, PRECISIONS, TRANSPORTS,
 from farskip_fused.plan.clusters import scaled
 from farskip_fused.plan.durations import exchange, forward_durations
 from farskip_fused.plan.prediction import window
-from farskip_fused.plan.sweep import frontier, parse_swept, sweep
+from farskip_fused.plan.splits import frontier, parse_swept, sweep
 
 TOLERANCE = 1e-6
 ROOMY = [replace(cluster, capacity=1e5) for cluster in CLUSTERS.values()]  # memory is tested elsewhere
@@ -106,7 +106,9 @@ def test_a_hundred_percent_slower_network_is_recommended_more():
 
 
 def test_recommendation_names_the_expert_parallelism_from_which_it_pays():
-    assert "from EP 2" in recommendation(predict(Job("mixtral-8x7b", "h200-ib200", ep=1, phase="prefill", sequence=512)))
+    assert "from EP 2" in recommendation(
+        predict(Job("mixtral-8x7b", "h200-ib200", ep=1, phase="prefill", sequence=512))
+    )
 
 
 def test_a_sweep_keeps_tokens_a_gpu_and_finds_the_fastest():

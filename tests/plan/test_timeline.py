@@ -61,6 +61,17 @@ def test_compute_is_at_most_farskip_is_at_most_standard_is_at_most_blocking(prob
     assert blocking == pytest.approx(compute + sum(durations.transfers.values()))
 
 
+@given(problems())
+def test_skipping_one_of_the_two_is_at_most_standard(problem):
+    """Not always at least FarSkip: attention_only gives the combine the attention's core too."""
+    kind, durations = problem
+    if kind == "tensor parallel":
+        return
+    compute, standard = compute_bound(KINDS[kind][2](STANDARD), durations), run(kind, STANDARD, durations).layer_time
+    for half in (Connectivity.attention_only(), Connectivity.moe_only()):
+        assert compute - TOLERANCE <= run(kind, half, durations).layer_time <= standard + TOLERANCE
+
+
 @given(problems(), st.floats(0.1, 1.0), st.sampled_from([FARSKIP, STANDARD]))
 def test_a_faster_link_is_never_slower(problem, factor, connectivity):
     kind, durations = problem
@@ -90,9 +101,14 @@ def test_more_depth_is_never_slower_and_does_the_same_work(problem, depth):
         simulate(order(FARSKIP, one), durations, backward=kind == "backward") for one in (depth - 1, depth)
     )
     assert deep.layer_time <= shallow.layer_time + TOLERANCE
+    bound = max(compute_bound(order(FARSKIP), durations), sum(durations.transfers.values()))
+    assert bound <= deep.layer_time + TOLERANCE
     without = Durations(durations.actions, durations.transfers)
     works = [
-        sum(one.end - one.start for one in simulate(order(FARSKIP, at), without, backward=kind == "backward").of(COMPUTE))
+        sum(
+            one.end - one.start
+            for one in simulate(order(FARSKIP, at), without, backward=kind == "backward").of(COMPUTE)
+        )
         for at in (1, depth)
     ]
     assert works[0] == pytest.approx(works[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import product
 from typing import Any
 
 from farskip_fused.errors import UsageError
@@ -50,21 +51,22 @@ def sweep(job: Job | Mapping[str, Any], swept: Iterable[str] = SWEPT) -> Sweep:
     Raises UsageError if no split is possible, with the reason of the last.
     """
     given = {field.name: getattr(job, field.name) for field in fields(Job)} if isinstance(job, Job) else dict(job)
-    tp, ep, batch = (given.get(name) or Job.__dataclass_fields__[name].default for name in ("tp", "ep", "batch"))
+    defaults = {field.name: field.default for field in fields(Job)}
+    ep, tp, batch = (int(given.get(name, defaults[name])) for name in ("ep", "tp", "batch"))
     gpus = tp * (given.get("dp") or max(1, -(-ep // tp)))
-    swept, found, refused, known = set(swept), [], {}, find_model(given["model"]).experts
-    for tried_tp in _powers(gpus) if "tp" in swept else [tp]:
-        for tried_ep in _powers(min(gpus, known)) if "ep" in swept else [ep]:
-            sequences = batch * tried_tp / tp
-            try:
-                if sequences != int(sequences):
-                    raise UsageError(f"batch {batch} of TP {tp} is no whole number for TP {tried_tp}.")
-                if gpus % tried_tp:
-                    raise UsageError(f"{gpus} GPUs do not divide over TP {tried_tp}.")
-                split = {"ep": tried_ep, "tp": tried_tp, "dp": gpus // tried_tp, "batch": int(sequences)}
-                found.append(predict(Job(**{**given, **split})))
-            except UsageError as error:
-                refused[tried_ep, tried_tp] = str(error)
+    swept, found = set(swept), []
+    refused: dict[tuple[int, int], str] = {}
+    eps = _powers(min(gpus, find_model(given["model"]).experts)) if "ep" in swept else [ep]
+    for tried_tp, tried_ep in product(_powers(gpus) if "tp" in swept else [tp], eps):
+        try:
+            if batch * tried_tp % tp:
+                raise UsageError(f"batch {batch} of TP {tp} is no whole number for TP {tried_tp}.")
+            if gpus % tried_tp:
+                raise UsageError(f"{gpus} GPUs do not divide over TP {tried_tp}.")
+            split = {"ep": tried_ep, "tp": tried_tp, "dp": gpus // tried_tp, "batch": batch * tried_tp // tp}
+            found.append(predict(Job(**{**given, **split})))
+        except UsageError as error:
+            refused[tried_ep, tried_tp] = str(error)
     if not found:
         raise UsageError(f"No split of {gpus} GPUs is possible: {next(reversed(refused.values()))}")
     found.sort(key=lambda one: -one.tokens_per_second)
