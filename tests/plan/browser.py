@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,13 @@ class Page:
         self._buffer, self._sent, self._session = b"", 0, ""
         target = self.call("Target.createTarget", url=url)["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        # A new target shows an empty page at first, which is complete too.
+        loaded = f"location.href == {json.dumps(url)} && document.readyState == 'complete'"
+        deadline = time.monotonic() + 60
+        while not self.evaluate(loaded):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"The browser has not loaded {url} in a minute.")
+            time.sleep(0.02)
 
     def __enter__(self) -> Page:
         return self

@@ -89,7 +89,6 @@ def test_a_name_cannot_break_out_of_the_page(tmp_path):
 def test_hovering_over_the_page_says_what_a_bar_is(tmp_path):
     write_page(tmp_path / "plan.html", predict(JOB))
     with Page(find_browser(), (tmp_path / "plan.html").as_uri(), tmp_path / "profile") as page:
-        page.evaluate("new Promise(done => document.readyState == 'complete' ? done() : (window.onload = done))")
         assert page.evaluate("document.querySelectorAll('svg').length") == 6
         for label in ("experts", "dispatch", "experts weight gradients"):
             # The middle of the widest bar of that name, on the screen.
