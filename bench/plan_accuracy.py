@@ -32,6 +32,10 @@ def _prefill(model: str, sequence: int, batch: int = 16) -> Job:
     )  # fmt: skip
 
 
+def _cut(model: str, layers: int, ep: int) -> Job:
+    return Job(model, "mi300x-400", ep=ep, layers=layers, transport="all-to-all")
+
+
 def _all_moe(model: str, layers: int, ep: int) -> Job:
     """The model cut to so many layers, all of them MoE layers."""
     sizes = replace(MODELS[model], layers=layers, moe_layers=layers)
@@ -39,20 +43,28 @@ def _all_moe(model: str, layers: int, ep: int) -> Job:
 
 
 ALL_TO_ALL = "MI300X; Megatron's all-to-all, which sends a row for each expert"
-ONE_STEP = "one micro-batch an optimizer step; all layers MoE layers"
-SUMS = "all-reduce over 8 ranks; TTFT is the prefill alone, without scheduler, tokenizer and sampling"
+ONE_STEP = "one micro-batch an optimizer step"
+SUMS = "MI300X; all-reduce over 8 ranks; TTFT is the prefill alone, without scheduler, tokenizer and sampling"
 ROWS = (
     Published(
         "V2-Lite, training, EP 8, 8 x 4096",
         Job("deepseek-v2-lite", "mi300x-400", ep=8, batch=8, transport="all-to-all"),
-        (1.11, 1.11), "88 / 89 %", f"{ALL_TO_ALL}; one micro-batch an optimizer step",
+        (1.11, 1.11), "88 / 89 %", f"{ALL_TO_ALL}; {ONE_STEP}",
     ),
     Published(
-        "V3, 6 layers, training, EP 8, 1 x 4096", _all_moe("deepseek-v3", 6, 8), (1.04, 1.04), "93 / 84 %", ONE_STEP
+        "V3, 6 layers, training, EP 8, 1 x 4096",
+        _all_moe("deepseek-v3", 6, 8), (1.04, 1.04), "93 / 84 %", f"{ALL_TO_ALL}; {ONE_STEP}; all 6 are MoE layers",
     ),
     Published(
-        "the same, EP 32, 400 Gb/s", _all_moe("deepseek-v3", 6, 32), (1.22, 1.22), "",
-        f"{ONE_STEP}; no copies shared by a node"
+        "the same, 3 of 6 layers dense",
+        _cut("deepseek-v3", 6, 8), (1.04, 1.04), "93 / 84 %", "as above, but its first 6 layers as they are",
+    ),
+    Published(
+        "V3, 6 layers, training, EP 32, 400 Gb/s",
+        _all_moe("deepseek-v3", 6, 32), (1.22, 1.22), "", "as EP 8; a row for each expert between nodes too",
+    ),
+    Published(
+        "the same, 3 of 6 layers dense", _cut("deepseek-v3", 6, 32), (1.22, 1.22), "", "as above"
     ),
     Published("Scout, TTFT, 16 x 512", _prefill("llama-4-scout", 512), (1.122, 1.185), "95 to 98 %", SUMS),
     Published("Scout, TTFT, 16 x 2048", _prefill("llama-4-scout", 2048), (1.122, 1.185), "95 to 98 %", SUMS),
@@ -101,7 +113,7 @@ def table() -> str:
         "| row | published | predicted | published overlap | predicted overlap | off by | computation slower by |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in ROWS:
+    for number, row in enumerate(ROWS, start=1):
         prediction = predict(row.job)
         speedups = [prediction.speedup, *(one.speedup for one in corners(row.job))]
         low, high = row.speedup
@@ -109,11 +121,11 @@ def table() -> str:
         middle = (low + high) / 2
         off = "" if high > 9 else f"{prediction.speedup / middle - 1:+.0%}"
         needed = None if high > 9 else slowdown(row)
+        predicted = f"{prediction.speedup:.2f} ({min(speedups):.2f} to {max(speedups):.2f})"
         lines.append(
-            f"| {row.what} | {published} | {prediction.speedup:.2f} ({min(speedups):.2f} to {max(speedups):.2f}) |"
-            f" {row.overlap} | {_percent(prediction)} | {off} | {'' if needed is None else f'{needed:.1f} x'} |"
+            f"| {number}. {row.what} | {published} | {predicted} | {row.overlap} | {_percent(prediction)} | {off} | {'' if needed is None else f'{needed:.1f} x'} |"
         )
-    notes = [f"- {row.what}: {row.assumption}." for row in ROWS]
+    notes = [f"{number}. {row.what}: {row.assumption}." for number, row in enumerate(ROWS, start=1)]
     return "\n".join([*lines, "", "What each row assumes:", *notes])
 
 
