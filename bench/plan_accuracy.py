@@ -122,9 +122,9 @@ def table() -> str:
         off = "" if high > 9 else f"{prediction.speedup / middle - 1:+.0%}"
         needed = None if high > 9 else slowdown(row)
         predicted = f"{prediction.speedup:.2f} ({min(speedups):.2f} to {max(speedups):.2f})"
-        lines.append(
-            f"| {number}. {row.what} | {published} | {predicted} | {row.overlap} | {_percent(prediction)} | {off} | {'' if needed is None else f'{needed:.1f} x'} |"
-        )
+        slower = "" if needed is None else f"{needed:.1f} x"
+        cells = (f"{number}. {row.what}", published, predicted, row.overlap, _percent(prediction), off, slower)
+        lines.append(f"| {' | '.join(cells)} |")
     notes = [f"{number}. {row.what}: {row.assumption}." for number, row in enumerate(ROWS, start=1)]
     return "\n".join([*lines, "", "What each row assumes:", *notes])
 

@@ -1,7 +1,7 @@
 """How long single kernels take: rates of a cluster times the share of them that a kernel of that shape reaches.
 
-Each share comes from a measurement named beside it; tests/plan/test_kernels.py holds those of our own kernels to
-bench/results. All times in ms.
+Each share comes from a measurement named beside it and is taken for every GPU; tests/plan/test_kernels.py holds those
+of our own kernels to bench/results. All times in ms.
 """
 
 from __future__ import annotations

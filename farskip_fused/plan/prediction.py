@@ -11,7 +11,6 @@ from farskip_fused.plan.clusters import scaled
 from farskip_fused.plan.durations import (
     Durations,
     backward_durations,
-    exchange,
     forward_durations,
     outside_moe_layers,
     reduction,
@@ -25,7 +24,7 @@ from farskip_fused.schedule import Action, backward_order, forward_order, tensor
 # that AMD calls typically attained over shapes of real models (ROCm blog on TAF, MI325X: 74 to 81 %). Links: DeepEP's
 # published shares of a link's peak lie between 0.71 and 0.86.
 COMPUTE_RANGE, LINK_RANGE = (0.74, 1.1), (0.8, 1.2)
-WORTH = 1.03  # below this, conversion is not recommended: distillation costs more than a few per cent of a run
+WORTH = 1.03  # a judgement: for less, distillation and its loss in accuracy are not recommended
 STANDARD = "standard"
 
 
@@ -34,7 +33,8 @@ class Direction:
     """A pass through the MoE layers: ms a layer, and of the whole stack.
 
     blocking: standard connectivity, each transfer awaited where it is launched. standard: each awaited as late as
-    standard connectivity allows. farskip: the connectivity asked for. compute: computation alone.
+    standard connectivity allows. farskip: the connectivity asked for. compute: computation alone. idle: what the
+    compute stream waits with the connectivity asked for; the rest of ``exposed`` is computation that transfers slow.
     """
 
     name: str
@@ -213,7 +213,8 @@ def window(job: Job) -> tuple[float, float]:
         return 2 * reduction(job), sum(actions.values())
     gate = actions["start_dispatch"] + actions["finish_combine"]
     experts = 0.0 if job.transport == "fused" else actions["experts"]
-    return exchange(job, job.fp8, True) + exchange(job, False, True), sum(actions.values()) - gate - experts
+    moved = sum(forward_durations(job, early_combine=False).transfers.values())
+    return moved, sum(actions.values()) - gate - experts
 
 
 def recommendation(prediction: Prediction) -> str:
