@@ -122,7 +122,7 @@ class _Layer:
         return self.mlp(self.model.shared / (self.job.tp if self.job.reduces else 1), self.job.tokens, times)
 
 
-def forward_durations(job: Job, *, early_combine: bool = True) -> Durations:
+def forward_durations(job: Job, *, early_combine: bool = False) -> Durations:
     """Of one MoE layer's forward pass on the busiest rank. early_combine: of the fused transport, see ``Durations``."""
     layer = _Layer(job)
     attention = {"attention_projections": layer.projections(1), "attention_core": layer.core(1)}
@@ -143,7 +143,7 @@ def forward_durations(job: Job, *, early_combine: bool = True) -> Durations:
     return Durations(actions, transfers, **_transport(job, early_combine))
 
 
-def backward_durations(job: Job, *, early_combine: bool = True) -> Durations:
+def backward_durations(job: Job, *, early_combine: bool = False) -> Durations:
     """Of one MoE layer's backward pass. The experts' input and weight gradients take half of their time each."""
     layer = _Layer(job)
     half = layer.experts(True) / 2

@@ -43,7 +43,7 @@ def draw(path: Path, job: Job, splits: Sweep | None = None) -> None:
 
     rows = 2 if splits is None else 3
     panels = figure.subplots(rows, 1, height_ratios=[1, 1, 1.4][:rows])
-    found, names = timelines(job)[1], []
+    found, names = {name: timeline for name, (_, timeline) in timelines(job).items()}, []
     widest = max(found[name].layer_time for name in ("standard", "farskip"))
     for axes, name in zip(panels, ("standard", "farskip"), strict=False):
         timeline = found[name]

@@ -105,9 +105,9 @@ def write_page(path: Path, prediction: Prediction) -> None:
 def _panels(prediction: Prediction) -> list[dict[str, Any]]:
     panels = []
     for direction in prediction.directions:
-        found = timelines(prediction.job, direction.name == "backward")[1]
-        widest = 2 * max(one.layer_time for one in found.values())
-        for name, timeline in found.items():
+        found = timelines(prediction.job, direction.name == "backward")
+        widest = 2 * max(timeline.layer_time for _, timeline in found.values())
+        for name, (_, timeline) in found.items():
             origin, middle, intervals = shown(timeline)
             bars = [
                 {

@@ -126,9 +126,10 @@ class Prediction:
             "unit": "ms", "layer": directions, "outside_moe_layers": self.outside, "step": self.step,
             "speedup": self.speedup, "gain": self.gain, "gain_range": [self.low, self.high], "overlap": self.overlap,
             "tokens_per_second_per_gpu": self.tokens_per_second, "memory_gb": self.job.memory(),
-            "recomputes": self.job.recomputes, "actions": forward_durations(self.job).actions,
-            "transfers": forward_durations(self.job).transfers,
-            "communication_and_window": window(self.job),
+            "recomputes": self.job.recomputes, "communication_and_window": window(self.job),
+            "durations": {
+                one.name: asdict(timelines(self.job, one.name == "backward")["farskip"][0]) for one in self.directions
+            },
         }  # fmt: skip
 
 
@@ -168,21 +169,20 @@ def orders(job: Job, backward: bool) -> tuple[tuple[Action, ...], tuple[Action, 
     return order(standard), order(asked, job.depth)
 
 
-def timelines(job: Job, backward: bool = False) -> tuple[Durations, dict[str, Timeline]]:
-    """Durations and the simulated stacks "blocking", "standard" and "farskip" (the connectivity asked for).
+def timelines(job: Job, backward: bool = False) -> dict[str, tuple[Durations, Timeline]]:
+    """Durations and simulated stacks: "blocking", "standard" and "farskip" (the connectivity asked for).
 
     The fused transport sends results tile by tile or summed for each rank, whichever makes the stack faster.
     """
     durations_of = backward_durations if backward else forward_durations
+    forms = (True, False) if job.transport == "fused" and not job.reduces else (False,)
+    durations = [durations_of(job, early_combine=form) for form in forms]
     standard, asked = orders(job, backward)
     found = {}
-    forms = [durations_of(job)]
-    if job.transport == "fused" and not job.reduces:
-        forms.append(durations_of(job, early_combine=False))
     for name, order, blocking in (("blocking", standard, True), (STANDARD, standard, False), ("farskip", asked, False)):
-        runs = [simulate(order, one, backward=backward, blocking=blocking) for one in forms]
-        found[name] = min(runs, key=lambda run: _stack(job, run))
-    return forms[0], found
+        runs = [(one, simulate(order, one, backward=backward, blocking=blocking)) for one in durations]
+        found[name] = min(runs, key=lambda run: _stack(job, run[1]))
+    return found
 
 
 def _stack(job: Job, timeline: Timeline) -> float:
@@ -191,13 +191,14 @@ def _stack(job: Job, timeline: Timeline) -> float:
 
 
 def _direction(job: Job, backward: bool) -> Direction:
-    durations, found = timelines(job, backward)
-    stacks = {name: _stack(job, one) for name, one in found.items()}
-    times = {name: one.layer_time for name, one in found.items()}
+    found = timelines(job, backward)
+    stacks = {name: _stack(job, timeline) for name, (_, timeline) in found.items()}
+    times = {name: timeline.layer_time for name, (_, timeline) in found.items()}
+    order = orders(job, backward)[0]
     return Direction(
         "backward" if backward else "forward",
         times["blocking"], times[STANDARD], times["farskip"],
-        compute=compute_bound(orders(job, backward)[0], durations), idle=found["farskip"].idle,
+        compute=min(compute_bound(order, durations) for durations, _ in found.values()), idle=found["farskip"][1].idle,
         stack_blocking=stacks["blocking"], stack_standard=stacks[STANDARD], stack_farskip=stacks["farskip"],
     )  # fmt: skip
 
@@ -213,7 +214,7 @@ def window(job: Job) -> tuple[float, float]:
         return 2 * reduction(job), sum(actions.values())
     gate = actions["start_dispatch"] + actions["finish_combine"]
     experts = 0.0 if job.transport == "fused" else actions["experts"]
-    moved = sum(forward_durations(job, early_combine=False).transfers.values())
+    moved = sum(forward_durations(job).transfers.values())
     return moved, sum(actions.values()) - gate - experts
 
 

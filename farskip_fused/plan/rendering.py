@@ -6,7 +6,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from farskip_fused.plan.durations import backward_durations, forward_durations
 from farskip_fused.plan.job import TRANSPORTS, Job
 from farskip_fused.plan.prediction import Prediction, recommendation, timelines
 from farskip_fused.plan.splits import Sweep
@@ -75,13 +74,13 @@ def render(prediction: Prediction, console: Console | None = None) -> None:
     console.print(Text(title(job), style="bold"))
     console.print(f"transport {job.transport}: {TRANSPORTS[job.transport]}", highlight=False)
     for direction in prediction.directions:
-        found = timelines(job, direction.name == "backward")[1]
-        scale = max(one.layer_time for one in found.values()) / WIDTH
+        found = timelines(job, direction.name == "backward")
+        scale = max(timeline.layer_time for _, timeline in found.values()) / WIDTH
         console.print(f"{direction.name}, one layer; a letter is {scale * 1e3:.0f} µs", highlight=False)
         for name, label in (("standard", "standard"), ("farskip", job.connectivity)):
             for lane in (COMPUTE, LINK):
                 begin = f"{label if lane == COMPUTE else '':>14} {lane:>7} "
-                console.print(Text(begin) + lane_text(found[name], lane, scale), soft_wrap=True)
+                console.print(Text(begin) + lane_text(found[name][1], lane, scale), soft_wrap=True)
     console.print(_actions(job))
     console.print(_layers(prediction))
     if job.recomputes:
@@ -112,10 +111,10 @@ _BACKWARD_NAMES = {
 
 def _actions(job: Job) -> Table:
     table = Table("", "where a layer's time goes", "forward", box=None)
-    forward, backward = forward_durations(job), None
+    forward, backward = timelines(job)["farskip"][0], None
     if job.phase == "training":
         table.add_column("backward")
-        backward = backward_durations(job)
+        backward = timelines(job, backward=True)["farskip"][0]
     for name, time in {**forward.actions, **forward.transfers}.items():
         letter, colour = LOOKS[name]
         cells: list[str | Text] = [Text(letter, style=colour), name.replace("_", " "), f"{time:.3f} ms"]
