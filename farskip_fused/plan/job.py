@@ -66,12 +66,13 @@ class Job:
                 raise UsageError(f"Unknown {what} {getattr(self, what)!r}; use {', '.join(known)}.")
         object.__setattr__(self, "cluster", find_cluster(self.cluster))
         object.__setattr__(self, "model", self._cut(find_model(self.model)))
-        for what in ("ep", "tp", "sequence", "batch", "micro_batches", "depth"):
+        for what in ("ep", "tp", "dp", "sequence", "batch", "micro_batches", "depth"):
             value = getattr(self, what)
+            if what == "dp" and value is None:
+                value = -(-self.ep // self.tp)
+                object.__setattr__(self, "dp", value)
             if not isinstance(value, int) or value < 1:
                 raise UsageError(f"{what} is {value!r}; a whole number from 1 is needed.")
-        if self.dp is None:
-            object.__setattr__(self, "dp", max(1, -(-self.ep // self.tp)))
         if not 0 <= self.skew <= 3:
             raise UsageError(f"skew is {self.skew!r}; an exponent from 0 (uniform) to 3 is needed.")
         self._check_order()

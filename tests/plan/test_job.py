@@ -23,6 +23,7 @@ LITE = "deepseek-v2-lite"
         ({"model": "llama-4-scout", "tp": 5, "dp": 8}, "8 key-value heads of llama-4-scout do not divide over TP 5"),
         ({"ep": 8, "dp": 3}, "EP 8 does not divide the 3 GPUs of TP 1 x DP 3"),
         ({"batch": 0}, "batch is 0; a whole number from 1 is needed"),
+        ({"dp": 0}, "dp is 0; a whole number from 1 is needed"),
         ({"skew": -1.0}, "skew is -1.0"),
         ({"depth": 4}, "depth is 4; 1 to 3 can be planned"),
         ({"depth": 2, "connectivity": "moe_only"}, "depth 2 is for connectivity farskip"),
