@@ -76,9 +76,7 @@ class TokenExchange:
             raise UsageError("keep_received=False was given; rows of a TokenExchange are the caller's, leave it True.")
         self.ep, self.num_experts = ep, num_experts
         self.options = replace(options, combine="presummed")
-        self.slot_shape = SlotShape(
-            max_tokens, hidden_size, top_k, dtype, depth, fp8=options.fp8, staged=ep.by_put
-        )  # fmt: skip
+        self.slot_shape = SlotShape(max_tokens, hidden_size, top_k, dtype, depth, fp8=options.fp8, staged=ep.by_put)
         self._exchange: Exchange | None = None
 
     def size_hint(self) -> dict[str, int]:
@@ -135,9 +133,7 @@ class _Arrival(NamedTuple):
 class Handle:
     """A round in flight; made by ``dispatch_send``. Its methods trust their arguments and their order."""
 
-    def __init__(
-        self, exchange: Exchange, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> None:  # fmt: skip
+    def __init__(self, exchange: Exchange, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
         self.tokens = hidden_states.shape[0]
         self.next_step = 1
         self.flight = Flight(exchange, top_k_index)
@@ -270,9 +266,7 @@ class _Return(torch.autograd.Function):
         return token_gradient, gradient if ctx.needs_input_grad[1] else None, None, None
 
 
-def dispatch_send(
-    exchange: TokenExchange, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Handle:  # fmt: skip
+def dispatch_send(exchange: TokenExchange, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Handle:
     """Open a round and launch the dispatch of this rank's tokens to the ranks of their experts; returns at once.
 
     hidden_states: [T, H] of the exchange's dtype, T from 0 to ``max_tokens`` and each rank's own.
@@ -361,8 +355,10 @@ def combine_wait(
                 "combine_wait() was given a norm where a gradient is needed, and its norm has none; apply the norm "
                 "after it, or call it under torch.no_grad()."
             )
-    extras = [None if extra is None else aligned(extra) for extra in (shared, residual, norm_weight)]
-    result, normed = handle.finish(*extras, norm_epsilon)
+    shared, residual, norm_weight = (
+        None if each is None else aligned(each) for each in (shared, residual, norm_weight)
+    )
+    result, normed = handle.finish(shared, residual, norm_weight, norm_epsilon)
     handle.next_step += 1
     return result if normed is None else (result, normed)
 

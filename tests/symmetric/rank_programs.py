@@ -186,9 +186,7 @@ def disagree(memory: ff.SymmetricMemory) -> str:
     return "nothing was said"
 
 
-def experts_of_a_user(
-    rows: torch.Tensor, offsets: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor
-) -> torch.Tensor:  # fmt: skip
+def experts_of_a_user(rows: torch.Tensor, offsets: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
     """SwiGLU experts in plain torch, on rows as ``dispatch_wait`` returns them; an expert without rows is left out."""
     outputs = torch.zeros_like(rows)
     bounds = offsets.tolist()
@@ -201,9 +199,9 @@ def experts_of_a_user(
 
 def exchange_with_own_experts(memory: ff.SymmetricMemory, rounds: int, worst_delay: float) -> None:
     """Rounds of the split calls around a user's experts, of random size, routing and delay, against float64."""
-    dtype = torch.float32
+    dtype, most = torch.float32, 24
     exchange = ff.TokenExchange(
-        memory, hidden_size=HIDDEN, num_experts=EXPERTS, top_k=TOP_K, max_tokens=MAX_TOKENS, dtype=dtype
+        memory, hidden_size=HIDDEN, num_experts=EXPERTS, top_k=TOP_K, max_tokens=most, dtype=dtype
     )
     exchange.setup()
     torch.manual_seed(0)
@@ -214,7 +212,7 @@ def exchange_with_own_experts(memory: ff.SymmetricMemory, rounds: int, worst_del
     torch.manual_seed(1000 + memory.rank)
     for round_ in range(rounds):
         turn = (round_ + memory.rank) % 4
-        tokens = 0 if turn == 0 else MAX_TOKENS if turn == 1 else int(torch.randint(1, MAX_TOKENS, ()))
+        tokens = 0 if turn == 0 else most if turn == 1 else int(torch.randint(1, most, ()))
         index, weights = random_routing(tokens, round_ % 3, memory.device)
         hidden, gradient = (torch.randn(tokens, HIDDEN).to(memory.device, dtype) for _ in range(2))
         hidden.requires_grad_(), weights.requires_grad_()
