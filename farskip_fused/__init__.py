@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from farskip_fused.conversion import convert, load, parallelize, revert
     from farskip_fused.distillation import distill
     from farskip_fused.errors import PeerTimeout, UsageError
+    from farskip_fused.exchange_setup import ExchangeOptions
     from farskip_fused.local_experts import fused_experts
-    from farskip_fused.moe import ExchangeOptions, FusedExperts, FusedMoE
+    from farskip_fused.moe import FusedExperts, FusedMoE
     from farskip_fused.symmetric import SymmetricMemory, init
+    from farskip_fused.token_exchange import TokenExchange, combine_send, combine_wait, dispatch_send, dispatch_wait
     from farskip_fused.transformers_experts import use_fused_experts
 
 _HOMES = {
@@ -27,11 +29,16 @@ _HOMES = {
     "distill": "distillation",
     "init": "symmetric",
     "SymmetricMemory": "symmetric",
-    "ExchangeOptions": "moe",
+    "ExchangeOptions": "exchange_setup",
     "FusedExperts": "moe",
     "FusedMoE": "moe",
     "fused_experts": "local_experts",
     "use_fused_experts": "transformers_experts",
+    "TokenExchange": "token_exchange",
+    "dispatch_send": "token_exchange",
+    "dispatch_wait": "token_exchange",
+    "combine_send": "token_exchange",
+    "combine_wait": "token_exchange",
     "PeerTimeout": "errors",
     "UsageError": "errors",
 }
@@ -43,9 +50,14 @@ __all__ = [
     "FusedMoE",
     "PeerTimeout",
     "SymmetricMemory",
+    "TokenExchange",
     "UsageError",
     "__version__",
+    "combine_send",
+    "combine_wait",
     "convert",
+    "dispatch_send",
+    "dispatch_wait",
     "distill",
     "fused_experts",
     "init",

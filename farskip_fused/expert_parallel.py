@@ -139,29 +139,35 @@ class Flight:
         join(self.mark)
         self.leaving, self.mark = (), None
 
-    def finish(self, weights: Tensor, hidden: int, dtype: torch.dtype, extras: Extras | None = None) -> Tensor:
-        """Wait for the round's results, sum them and end the round."""
-        exchange = self.exchange
+    def finish(self, weights: Tensor | None, extras: Extras | None = None) -> tuple[Tensor, Tensor | None]:
+        """Wait for the round's results, sum them and end the round: [T, H], and the same normed or None.
+
+        weights: [T, K] float32, of no use where the results come pre-summed.
+        """
+        exchange, shape = self.exchange, self.exchange.slots.shape
+        self.landed()
         presummed_by = exchange.num_local_experts if exchange.presummed else 0
-        factors = None if exchange.presummed else weights
-        result, _ = combine.combine_wait(self.round, self.top_k_index, factors, hidden, dtype, presummed_by, extras)
+        results = combine.combine_wait(
+            self.round, self.top_k_index, None if exchange.presummed else weights, shape.hidden_size, shape.dtype,
+            presummed_by, extras,
+        )  # fmt: skip
         combine.release(self.round)
         exchange.slots.close_round(self.ticket)
-        return result
+        return results
 
     def check(self) -> None:
         self.exchange.slots.memory.check()
 
 
-def _is_recomputing() -> bool:
+def is_recomputing() -> bool:
     """Whether this runs inside a backward pass, as activation checkpointing's recomputation does."""
     return torch._C._current_graph_task_id() != -1
 
 
-class _Dispatch(torch.autograd.Function):
+class Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_states: Tensor, top_k_weights: Tensor, flight: Flight) -> Tensor:
-        ctx.flight, ctx.hidden, ctx.dtype = flight, hidden_states.shape[1], hidden_states.dtype
+        ctx.flight = flight
         flight.send(hidden_states, top_k_weights)
         return torch.zeros(1, device=hidden_states.device)
 
@@ -169,9 +175,12 @@ class _Dispatch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, token: Tensor) -> tuple[Tensor, Tensor, None]:
         flight: Flight = ctx.flight
-        exchange, round_ = flight.exchange, flight.gradient_round
+        exchange, round_, shape = flight.exchange, flight.gradient_round, flight.exchange.slots.shape
+        flight.landed()
         presummed_by = exchange.num_local_experts if exchange.presummed else 0
-        gradient, _ = combine.combine_wait(round_, flight.top_k_index, None, ctx.hidden, ctx.dtype, presummed_by)
+        gradient, _ = combine.combine_wait(
+            round_, flight.top_k_index, None, shape.hidden_size, shape.dtype, presummed_by
+        )  # fmt: skip
         weights_gradient = combine.take_weight_gradients(round_, flight.top_k_index)
         combine.release(round_)
         exchange.slots.close_round(flight.gradient_ticket)
@@ -227,10 +236,10 @@ class _Experts(torch.autograd.Function):
         combine.wait_to_send(round_)
         _return(exchange, round_, activated, where, w2, 1, received.weights, turns)
         combine.announce_sent(round_)
-        if _is_recomputing():
+        if is_recomputing():
             # Recomputation stops at the last tensor that somebody saved, perhaps before this round's finish(), and in
             # an overlapped stack finish() belongs to the next layer: nobody else would end the round.
-            flight.combined = flight.finish(top_k_weights, w13.shape[2], w13.dtype)
+            flight.combined, _ = flight.finish(top_k_weights)
         if gate_up is not None:
             ctx.flight, ctx.main_grads = flight, main_grads
             ctx.save_for_backward(*_Saved(received, where, kept, turns, gate_up, w13, w2).tensors())
@@ -295,10 +304,10 @@ def _return(
         project_to_owner(round_, inputs, where, exchange.top_k, weight, column_dim, programs)
 
 
-class _Combine(torch.autograd.Function):
+class Combine(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, token: Tensor, top_k_weights: Tensor, hidden_states: Tensor, shared: Tensor | None,
+        ctx: Any, token: Tensor, top_k_weights: Tensor | None, hidden_states: Tensor | None, shared: Tensor | None,
         residual: Tensor | None, flight: Flight,
     ) -> Tensor:  # fmt: skip
         ctx.flight = flight
@@ -306,8 +315,8 @@ class _Combine(torch.autograd.Function):
             ctx.save_for_backward(hidden_states)
         if flight.combined is not None:
             return add_extras(flight.combined, shared, residual)
-        extras = Extras(residual, shared)
-        return flight.finish(top_k_weights, hidden_states.shape[1], hidden_states.dtype, extras)
+        result, _ = flight.finish(top_k_weights, Extras(residual, shared))
+        return result
 
     @staticmethod
     @once_differentiable
@@ -336,7 +345,7 @@ class Pending:
         self._top_k_weights = top_k_weights.detach()
         self._hidden_states = hidden_states.detach()
         self._flight = Flight(exchange, top_k_index)
-        self._token = _Dispatch.apply(hidden_states, top_k_weights, self._flight)
+        self._token = Dispatch.apply(hidden_states, top_k_weights, self._flight)
         self._computed: Tensor | None = None
         self._finished = False
         self._flight.check()
@@ -362,6 +371,6 @@ class Pending:
         self._finished = True
         shape = self._hidden_states.shape
         extras = [None if extra is None else aligned(extra.reshape(shape)) for extra in (shared, residual)]
-        result = _Combine.apply(self._computed, self._top_k_weights, self._hidden_states, *extras, self._flight)
+        result = Combine.apply(self._computed, self._top_k_weights, self._hidden_states, *extras, self._flight)
         self._flight.check()
         return result.reshape(self.output_shape)

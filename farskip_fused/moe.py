@@ -2,64 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from farskip_fused.errors import UsageError
+from farskip_fused.exchange_setup import (
+    WARM_UP_TOKENS,
+    ExchangeOptions,
+    check_not_capturing,
+    check_sizes,
+    check_tokens,
+    set_up,
+    size_hint,
+    to_global_ids,
+)
 from farskip_fused.expert_parallel import Exchange, Pending
 from farskip_fused.kernels.layout import Layout
-from farskip_fused.kernels.machine import INTERPRETED, aligned
+from farskip_fused.kernels.machine import aligned
 from farskip_fused.kernels.tiles import choose_tile_rows
 from farskip_fused.local_experts import (
-    DTYPES,
     LocalPending,
     check_experts,
     check_hidden_states,
-    check_ids,
     check_routing,
     sort_entries,
 )
 from farskip_fused.router import INITIAL_STD, Router
 from farskip_fused.symmetric import SymmetricMemory
-from farskip_fused.symmetric.slots import MINIMUM_DEPTH, Slots, SlotShape, open_slots
-
-WARM_UP_TOKENS = 4
-COMMUNICATION_SHARE = 8 / 132  # of the multiprocessors
-
-
-@dataclass(frozen=True)
-class ExchangeOptions:
-    """How rows travel between ranks.
-
-    num_comm_sms: multiprocessors that communication may take while GEMMs run; None for 8 of 132.
-    keep_received: in training, copy received rows out of the slots for backward. Otherwise backward dispatches them
-        again: more traffic, and no memory of the layer's own, but slots twice as large.
-    combine: "direct", where the down-projection stores every row at the owner of its token, as it is computed, and
-        results are the same for any number of ranks; or "presummed", where each rank sums a token's rows first and one
-        row a rank and token travels: fewer bytes, after the GEMM instead of during it. Always so where peers are
-        reached by puts.
-    fp8: rows of the forward pass travel as e4m3 with a float32 scale for each 128 columns.
-    max_pairs: (token, expert) pairs that the experts of a rank take in one call; more raise UsageError. None for as
-        many as all tokens of all ranks can give, for which memory is then set aside.
-    """
-
-    num_comm_sms: int | None = None
-    keep_received: bool = True
-    combine: str = "direct"
-    fp8: bool = False
-    max_pairs: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in (("num_comm_sms", self.num_comm_sms), ("max_pairs", self.max_pairs)):
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}; it must be at least 1.")
-        if self.combine not in ("direct", "presummed"):
-            raise UsageError(f"combine is {self.combine!r}; it must be 'direct' or 'presummed'.")
-        if self.fp8 and not self.keep_received:
-            raise UsageError("fp8 was given with keep_received=False; rows that travel as fp8 are kept widened.")
+from farskip_fused.symmetric.slots import MINIMUM_DEPTH, SlotShape
 
 
 class FusedExperts(nn.Module):
@@ -99,23 +71,13 @@ class FusedExperts(nn.Module):
             "hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_experts": num_experts,
             "top_k": top_k, "max_tokens": max_tokens,
         }  # fmt: skip
-        for name, value in sizes.items():
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} is {value!r}; an integer is needed.")
-            if value < 1:
-                raise UsageError(f"{name} is {value}; it must be at least 1.")
-        if top_k > num_experts:
-            raise UsageError(f"top_k is {top_k} and there are only {num_experts} experts; lower top_k.")
         world = 1 if ep is None else ep.world
-        if num_experts % world:
-            raise UsageError(f"{num_experts} experts do not divide over {world} ranks; choose a world size that does.")
+        dtype = dtype or torch.get_default_dtype()
+        check_sizes(sizes, world, dtype)
         if ep is not None:
             if device is not None and torch.device(device).type != ep.device.type:
                 raise UsageError(f"The layer's device is {device} and its symmetric memory is on {ep.device}.")
             device = ep.device
-        dtype = dtype or torch.get_default_dtype()
-        if dtype not in DTYPES:
-            raise TypeError(f"The experts' dtype is {dtype}; use bfloat16, float16 or float32.")
         self.num_experts, self.top_k, self.ep = num_experts, top_k, ep
         self.accumulate_into_main_grad = accumulate_into_main_grad
         self.exchange_options = exchange or ExchangeOptions()
@@ -139,43 +101,19 @@ class FusedExperts(nn.Module):
 
     def size_hint(self) -> dict[str, int]:
         """Bytes of symmetric memory at each rank by region, and their "total"; allocates nothing."""
-        regions = {} if self.ep is None or self.is_alone else self.slot_shape.regions(self.ep.world)
-        return {**regions, "total": sum(regions.values())}
+        return {"total": 0} if self.ep is None or self.is_alone else size_hint(self.slot_shape, self.ep.world)
 
     def setup(self) -> None:
         """Allocate the slots (shared with layers of the same shape) and load every kernel; collective.
 
-        Kernels are loaded on a world of one: loading a module while another kernel waits for a peer deadlocks.
         With ``ep`` None there is nothing to allocate or wait for, and only the weights are checked.
         Raises RuntimeError inside CUDA-graph capture.
         """
-        if self.w13.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("setup() was called inside CUDA-graph capture; call it before.")
+        check_not_capturing(self.w13.device)
         self._check_weights()
         self._is_set_up = True
-        if self.ep is None or self.is_alone:
-            return
-        scratch = _local(self.w13.device)
-        scratch.puts = self.ep.puts
-        self._warm_up(self._new_exchange(open_slots(scratch, replace(self.slot_shape, max_tokens=WARM_UP_TOKENS))))
-        scratch.close()
-        self._exchange = self._new_exchange(open_slots(self.ep, self.slot_shape))
-        self.ep.synchronize()
-        self.ep.barrier()
-
-    def _new_exchange(self, slots: Slots) -> Exchange:
-        assert self.ep is not None
-        options, shape, local = self.exchange_options, self.slot_shape, self.w13.shape[0]
-        entries = shape.max_tokens * self.top_k * self.ep.world
-        worst = slots.memory.world * slots.shape.max_tokens * min(self.top_k, local)
-        programs, gemm_programs = _share_multiprocessors(self.w13.device, options.num_comm_sms)
-        presummed = options.combine == "presummed" or shape.staged
-        return Exchange(
-            slots, local, self.top_k,
-            tile_rows=choose_tile_rows(entries, self.num_experts, shape.dtype),
-            capacity=min(worst, options.max_pairs or worst), programs=programs, gemm_programs=gemm_programs,
-            keep_received=options.keep_received, presummed=presummed, fp8=options.fp8,
-        )  # fmt: skip
+        if self.ep is not None and not self.is_alone:
+            self._exchange = set_up(self.ep, self.slot_shape, self.num_experts, self.exchange_options, self._warm_up)
 
     def _check_weights(self) -> None:
         check_experts(self.w13, self.w2, transposed=False)
@@ -212,7 +150,6 @@ class FusedExperts(nn.Module):
                     y = pending.finish(shared=shared, residual=residual)
                 if has_backward:
                     y.sum().backward()
-        exchange.slots.memory.synchronize()
 
     def dispatch(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Pending | LocalPending:
         """Launch the dispatch of [T, H] to experts [T, K] (-1: not routed) with weights [T, K]; returns at once.
@@ -228,13 +165,10 @@ class FusedExperts(nn.Module):
         check_routing(hidden_states.shape[0], top_k_index, top_k_weights, self.w13.device, self.top_k)
         if self._exchange is None:
             return self._dispatch_here(hidden_states, sort_entries(top_k_index, self.w13), top_k_weights)
-        check_ids(top_k_index, self.num_experts)
-        if top_k_index.dtype != torch.int32:
-            limits = torch.iinfo(torch.int32)  # beyond them an id out of range would wrap around to a valid one
-            top_k_index = top_k_index.clamp(limits.min, limits.max).to(torch.int32)
+        ids = to_global_ids(top_k_index, self.num_experts)
         return Pending(
-            self._exchange, aligned(hidden_states), aligned(top_k_index), aligned(top_k_weights.float()), self.w13,
-            self.w2, self._main_grads(),
+            self._exchange, aligned(hidden_states), aligned(ids), aligned(top_k_weights.float()), self.w13, self.w2,
+            self._main_grads(),
         )  # fmt: skip
 
     def _dispatch_here(self, hidden_states: Tensor, where: Layout, top_k_weights: Tensor) -> LocalPending:
@@ -243,11 +177,8 @@ class FusedExperts(nn.Module):
 
     def _check_input(self, hidden_states: Tensor) -> None:
         check_hidden_states(hidden_states, self.slot_shape.hidden_size, self.w13)
-        if self.ep is not None and hidden_states.shape[0] > self.slot_shape.max_tokens:
-            raise UsageError(
-                f"{hidden_states.shape[0]} tokens were given; max_tokens is {self.slot_shape.max_tokens}, raise it or "
-                "split."
-            )
+        if self.ep is not None:
+            check_tokens(hidden_states.shape[0], self.slot_shape.max_tokens)
 
     def _main_grads(self) -> tuple[Tensor | None, Tensor | None] | None:
         """What backward adds the weights' gradients to; None for a frozen weight, or for all."""
@@ -326,20 +257,3 @@ class FusedMoE(FusedExperts):
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """``start``, ``experts`` and ``finish`` in one."""
         return self.start(hidden_states).finish()
-
-
-def _local(device: torch.device) -> SymmetricMemory:
-    from farskip_fused.symmetric.local import LocalMemory
-
-    return LocalMemory(device, timeout=60.0)
-
-
-def _share_multiprocessors(device: torch.device, num_comm_sms: int | None) -> tuple[int, int]:
-    """Programs of communication and of GEMMs that run beside it."""
-    if INTERPRETED:
-        return num_comm_sms or 2, 1
-    available = torch.cuda.get_device_properties(device).multi_processor_count
-    share = num_comm_sms or max(round(available * COMMUNICATION_SHARE), 1)
-    if share >= available:
-        raise UsageError(f"num_comm_sms is {share} and the GPU has {available}; leave some for the experts.")
-    return share, available - share

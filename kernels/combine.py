@@ -170,7 +170,9 @@ def _sum(
     tl.store(result + at, total, mask=mask)
     if norm_weight is not None:
         wide = total.to(tl.float32)
-        scale = 1.0 / tl.sqrt_rn(tl.sum(wide * wide, axis=1) / HIDDEN + norm_epsilon)
+        # Rounded as torch rounds; plain division is approximate on a GPU.
+        mean_square = tl.div_rn(tl.sum(wide * wide, axis=1), HIDDEN * 1.0)
+        scale = tl.div_rn(1.0, tl.sqrt_rn(mean_square + norm_epsilon))
         weight = tl.load(norm_weight + column, mask=in_row, other=0.0).to(tl.float32)
         value = (wide * scale[:, None]).to(element).to(tl.float32) * weight[None, :]
         tl.store(normed + at, value.to(element), mask=mask)

@@ -1,4 +1,4 @@
-"""Between tokens and expert-sorted rows: sums over a token's entries, and the rows of all entries.
+"""Between tokens and expert-sorted rows: sums over a token's entries, and the rows of all entries, plain or weighted.
 
 Sums are gathered in a fixed order: position 0 first, in float32.
 
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .machine import INTERPRETED, padded
-from .protocol import TICKET_FIRST_ROW, SlotRows
+from .protocol import TICKET_FIRST_ROW, SlotRows, is_alive
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -66,6 +66,31 @@ def _gather_rows(
         tl.store(result + place * HIDDEN + column, tl.load(rows + row * HIDDEN + column, mask=mask), mask=mask)
 
 
+@triton.jit
+def _gather_weighted_rows(
+    context, ticket, rows, order, entries, weights, values, result, products,
+    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, BLOCK_PLACES: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+):  # fmt: skip
+    first, end = tl.program_id(0).to(tl.int64) * BLOCK_PLACES, tl.load(entries)
+    if first < end:
+        place = first + tl.arange(0, BLOCK_PLACES)
+        in_range = place < end
+        entry = tl.load(order + place, mask=in_range, other=0)
+        row = (entry // TOP_K).to(tl.int64) + tl.load(ticket + TICKET_FIRST_ROW)
+        weight = tl.load(weights + entry, mask=in_range, other=0.0)
+        # What did not arrive must not pass for a gradient.
+        weight = tl.where(is_alive(context), weight, float("nan"))
+        product = tl.zeros((BLOCK_PLACES,), tl.float32)
+        for start in range(0, HIDDEN, BLOCK_HIDDEN):
+            column = start + tl.arange(0, BLOCK_HIDDEN)
+            mask = in_range[:, None] & (column < HIDDEN)[None, :]
+            at = place[:, None] * HIDDEN + column[None, :]
+            wide = tl.load(rows + row[:, None] * HIDDEN + column[None, :], mask=mask, other=0.0).to(tl.float32)
+            product += tl.sum(wide * tl.load(values + at, mask=mask, other=0.0).to(tl.float32), axis=1)
+            tl.store(result + at, (wide * weight[:, None]).to(result.dtype.element_ty), mask=mask)
+        tl.store(products + place, product, mask=in_range)
+
+
 def gather_rows(rows: Tensor, order: Tensor, offsets: Tensor, top_k: int, slot: SlotRows | None = None) -> Tensor:
     """Rows [R, H] of all entries in sorted order: [C, H], undefined past the last entry. See ``Layout``.
 
@@ -81,6 +106,29 @@ def gather_rows(rows: Tensor, order: Tensor, offsets: Tensor, top_k: int, slot: 
         HIDDEN=hidden, TOP_K=top_k, PLANE=0 if slot is None else slot.plane, BLOCK_HIDDEN=block_hidden, num_warps=4,
     )  # fmt: skip
     return result
+
+
+def gather_weighted_rows(
+    slot: SlotRows, rows: Tensor, order: Tensor, offsets: Tensor, weights: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rows of all entries in sorted order, each times its weight, and the inner product of each with ``values``.
+
+    Of a weighted sum over entries with terms ``values`` [C, H], that is the gradient of the terms and of the weights,
+    where the rows are the sum's gradient. slot: where the rows lie in the region ``rows`` [., H]; they are waited for.
+    weights: [R, K] float32.
+    Returns [C, H] and [C, 1] float32, undefined past the last entry; the rows are NaN in a failed context.
+    """
+    slot.wait()
+    capacity, hidden = values.shape
+    result = torch.empty_like(values)
+    products = torch.empty(capacity, 1, dtype=torch.float32, device=values.device)
+    block_places = 128 if INTERPRETED else 1
+    _gather_weighted_rows[(triton.cdiv(capacity, block_places),)](
+        slot.round_.context, slot.round_.ticket, rows, order, offsets[-1:], weights, values, result, products,
+        HIDDEN=hidden, TOP_K=weights.shape[1], BLOCK_PLACES=block_places, BLOCK_HIDDEN=min(padded(hidden), 2048),
+        num_warps=4,
+    )  # fmt: skip
+    return result, products
 
 
 def sum_entries(values: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:

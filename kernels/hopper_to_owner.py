@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import protocol
-from .hopper import DEPTH, HAS_GLUON, TILE_COLUMNS, TILE_ROWS, matrix
+from .hopper import DEPTH, HAS_GLUON, TILE_COLUMNS, TILE_ROWS
 from .layout import Layout
 from .protocol import Round
 
@@ -30,6 +30,7 @@ if HAS_GLUON:
         OPERAND,
         STAGED,
         load_tiles,
+        matrix,
         multiply,
         new_barriers,
         place,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ import farskip_fused as ff
 from farskip_fused import _C, reference
 from farskip_fused.kernels import layout
 from farskip_fused.local_experts import LocalPending
-from tests.numerics import RELATIVE_ERROR, relative_error
+from tests.numerics import RELATIVE_ERROR, assert_close, relative_error
 
 
 class Shape(NamedTuple):
@@ -247,3 +248,56 @@ def disagree(memory: ff.SymmetricMemory) -> str:
     except ff.UsageError as error:
         return str(error)
     return "nothing was said"
+
+
+def experts_of_a_user(rows: torch.Tensor, offsets: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
+    """SwiGLU experts in plain torch, on rows as ``dispatch_wait`` returns them; an expert without rows is left out."""
+    outputs = torch.zeros_like(rows)
+    bounds = offsets.tolist()
+    for expert, (start, end) in enumerate(pairwise(bounds)):
+        if end > start:
+            gate, up = (rows[start:end] @ w13[expert].T).chunk(2, dim=-1)
+            outputs[start:end] = (torch.nn.functional.silu(gate) * up) @ w2[expert].T
+    return outputs
+
+
+def exchange_with_own_experts(memory: ff.SymmetricMemory, rounds: int, worst_delay: float) -> None:
+    """Rounds of the split calls around a user's experts, of random size, routing and delay, against float64."""
+    dtype, most = torch.float32, 24
+    exchange = ff.TokenExchange(
+        memory, hidden_size=SMALL.hidden, num_experts=SMALL.experts, top_k=SMALL.top_k, max_tokens=most, dtype=dtype
+    )
+    exchange.setup()
+    torch.manual_seed(0)
+    shapes = ((SMALL.experts, 2 * SMALL.intermediate, SMALL.hidden), (SMALL.experts, SMALL.hidden, SMALL.intermediate))
+    exact = [(torch.randn(shape).double() / shape[-1] ** 0.5).requires_grad_() for shape in shapes]
+    mine = slice(memory.rank * SMALL.experts // memory.world, (memory.rank + 1) * SMALL.experts // memory.world)
+    own = [weight.detach()[mine].to(memory.device, dtype).requires_grad_() for weight in exact]
+    torch.manual_seed(1000 + memory.rank)
+    for round_ in range(rounds):
+        turn = (round_ + memory.rank) % 4
+        tokens = 0 if turn == 0 else most if turn == 1 else int(torch.randint(1, most, ()))
+        index, weights = random_routing(tokens, round_ % 3, memory.device)
+        hidden, gradient = (torch.randn(tokens, SMALL.hidden).to(memory.device, dtype) for _ in range(2))
+        hidden.requires_grad_(), weights.requires_grad_()
+        delay(memory, worst_delay)
+        handle = ff.dispatch_send(exchange, hidden, index, weights)
+        delay(memory, worst_delay)
+        rows, offsets = ff.dispatch_wait(handle)
+        outputs = experts_of_a_user(rows, offsets, *own)
+        delay(memory, worst_delay)
+        ff.combine_send(handle, outputs)
+        delay(memory, worst_delay)
+        result = ff.combine_wait(handle)
+        delay(memory, worst_delay)
+        result.backward(gradient)
+        inputs = [value.detach().cpu().double().requires_grad_() for value in (hidden, weights)]
+        expected = reference.experts(inputs[0], index.cpu(), inputs[1], *exact)
+        expected.backward(gradient.cpu().double())
+        for value, wanted in zip(
+            (result, hidden.grad, weights.grad), (expected, inputs[0].grad, inputs[1].grad), strict=True
+        ):
+            assert_close(value.cpu(), wanted, dtype)
+    for weight, wanted in zip(own, exact, strict=True):
+        dist.all_reduce(wanted.grad)
+        assert_close(weight.grad.cpu(), wanted.grad[mine], dtype)

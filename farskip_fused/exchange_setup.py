@@ -1,0 +1,143 @@
+"""From a layer's sizes and options to its exchange: slots allocated, every kernel loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from farskip_fused.errors import UsageError
+from farskip_fused.expert_parallel import Exchange
+from farskip_fused.kernels.machine import INTERPRETED
+from farskip_fused.kernels.tiles import choose_tile_rows
+from farskip_fused.local_experts import DTYPES, check_ids
+from farskip_fused.symmetric import SymmetricMemory
+from farskip_fused.symmetric.slots import Slots, SlotShape, open_slots
+
+WARM_UP_TOKENS = 4
+COMMUNICATION_SHARE = 8 / 132  # of the multiprocessors
+
+
+@dataclass(frozen=True)
+class ExchangeOptions:
+    """How rows travel between ranks.
+
+    num_comm_sms: multiprocessors that communication may take while GEMMs run; None for 8 of 132.
+    keep_received: in training, copy received rows out of the slots for backward. Otherwise backward dispatches them
+        again: more traffic, and no memory of the layer's own, but slots twice as large.
+    combine: "direct", where the down-projection stores every row at the owner of its token, as it is computed, and
+        results are the same for any number of ranks; or "presummed", where each rank sums a token's rows first and one
+        row a rank and token travels: fewer bytes, after the GEMM instead of during it. Always so where peers are
+        reached by puts.
+    fp8: rows of the forward pass travel as e4m3 with a float32 scale for each 128 columns.
+    max_pairs: (token, expert) pairs that the experts of a rank take in one call; more raise UsageError. None for as
+        many as all tokens of all ranks can give, for which memory is then set aside.
+    """
+
+    num_comm_sms: int | None = None
+    keep_received: bool = True
+    combine: str = "direct"
+    fp8: bool = False
+    max_pairs: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("num_comm_sms", self.num_comm_sms), ("max_pairs", self.max_pairs)):
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}; it must be at least 1.")
+        if self.combine not in ("direct", "presummed"):
+            raise UsageError(f"combine is {self.combine!r}; it must be 'direct' or 'presummed'.")
+        if self.fp8 and not self.keep_received:
+            raise UsageError("fp8 was given with keep_received=False; rows that travel as fp8 are kept widened.")
+
+
+def check_sizes(sizes: Mapping[str, int], world: int, dtype: torch.dtype) -> None:
+    """TypeError or UsageError unless the sizes, by their names, make a layer whose experts divide over the ranks."""
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}; an integer is needed.")
+        if value < 1:
+            raise UsageError(f"{name} is {value}; it must be at least 1.")
+    num_experts, top_k = sizes["num_experts"], sizes["top_k"]
+    if top_k > num_experts:
+        raise UsageError(f"top_k is {top_k} and there are only {num_experts} experts; lower top_k.")
+    if num_experts % world:
+        raise UsageError(f"{num_experts} experts do not divide over {world} ranks; choose a world size that does.")
+    if dtype not in DTYPES:
+        raise TypeError(f"The experts' dtype is {dtype}; use bfloat16, float16 or float32.")
+
+
+def check_tokens(tokens: int, max_tokens: int) -> None:
+    if tokens > max_tokens:
+        raise UsageError(f"{tokens} tokens were given; max_tokens is {max_tokens}, raise it or split.")
+
+
+def check_not_capturing(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("setup() was called inside CUDA-graph capture; call it before.")
+
+
+def to_global_ids(top_k_index: Tensor, num_experts: int) -> Tensor:
+    """Expert ids as int32; UsageError for those out of range on CPU, on a GPU the kernels find them."""
+    check_ids(top_k_index, num_experts)
+    if top_k_index.dtype == torch.int32:
+        return top_k_index
+    limits = torch.iinfo(torch.int32)  # beyond them an id out of range would wrap around to a valid one
+    return top_k_index.clamp(limits.min, limits.max).to(torch.int32)
+
+
+def size_hint(shape: SlotShape, world: int) -> dict[str, int]:
+    """Bytes of symmetric memory at each rank by region, and their "total"."""
+    regions = shape.regions(world)
+    return {**regions, "total": sum(regions.values())}
+
+
+def set_up(
+    memory: SymmetricMemory,
+    shape: SlotShape,
+    num_experts: int,
+    options: ExchangeOptions,
+    warm_up: Callable[[Exchange], None],
+) -> Exchange:
+    """Allocate the slots (shared with layers of the same shape) and load every kernel; collective.
+
+    warm_up: launches every variant of every kernel once, on at most WARM_UP_TOKENS tokens. It is given an exchange of
+    a world of one: loading a module while another kernel waits for a peer deadlocks.
+    """
+    from farskip_fused.symmetric.local import LocalMemory
+
+    scratch = LocalMemory(memory.device, timeout=60.0)
+    scratch.puts = memory.puts
+    small = open_slots(scratch, replace(shape, max_tokens=WARM_UP_TOKENS))
+    warm_up(_new_exchange(small, memory.world, shape, num_experts, options))
+    scratch.synchronize()
+    scratch.close()
+    exchange = _new_exchange(open_slots(memory, shape), memory.world, shape, num_experts, options)
+    memory.synchronize()
+    memory.barrier()
+    return exchange
+
+
+def _new_exchange(slots: Slots, world: int, shape: SlotShape, num_experts: int, options: ExchangeOptions) -> Exchange:
+    """An exchange over ``slots``, with the kernels of one over slots of that shape in a world of that size."""
+    local = num_experts // world
+    worst = slots.memory.world * slots.shape.max_tokens * min(shape.top_k, local)
+    programs, gemm_programs = _share_multiprocessors(slots.memory.device, options.num_comm_sms)
+    return Exchange(
+        slots, local, shape.top_k,
+        tile_rows=choose_tile_rows(shape.max_tokens * shape.top_k * world, num_experts, shape.dtype),
+        capacity=min(worst, options.max_pairs or worst), programs=programs, gemm_programs=gemm_programs,
+        keep_received=options.keep_received, presummed=options.combine == "presummed" or shape.staged, fp8=options.fp8,
+    )  # fmt: skip
+
+
+def _share_multiprocessors(device: torch.device, num_comm_sms: int | None) -> tuple[int, int]:
+    """Programs of communication and of GEMMs that run beside it."""
+    if INTERPRETED:
+        return num_comm_sms or 2, 1
+    available = torch.cuda.get_device_properties(device).multi_processor_count
+    share = num_comm_sms or max(round(available * COMMUNICATION_SHARE), 1)
+    if share >= available:
+        raise UsageError(f"num_comm_sms is {share} and the GPU has {available}; leave some for the experts.")
+    return share, available - share
