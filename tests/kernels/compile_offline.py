@@ -1,43 +1,49 @@
-"""Compiles the expert kernels for sm_90 without a GPU and prints what came out, as JSON; run by test_compiles.py.
+"""Compiles the kernels of one rank for sm_90 without a GPU and prints what came out, as JSON; run by test_compiles.py.
 
-A stub in place of Triton's driver answers which GPU is asked for. Nothing is loaded or launched.
+The launchers run as they are, on memory of the CPU, so that what is compiled is what they choose: stubs answer which
+GPU there is, and a launch compiles and goes no further.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+SHARED_MEMORY_LIMIT = 232448  # bytes a block, compute capability 9.0
+MULTIPROCESSORS = 132
 
 if __name__ == "__main__":
     # Before the kernels are imported: without a GPU they would be interpreted.
     torch.cuda.is_available = lambda: True
+    torch.cuda.get_device_capability = lambda _=None: (9, 0)
+    torch.cuda.get_device_properties = lambda _: SimpleNamespace(
+        shared_memory_per_block_optin=SHARED_MEMORY_LIMIT, multi_processor_count=MULTIPROCESSORS
+    )
+    torch.Tensor.is_cuda = True  # type: ignore[misc]
 
-from farskip_fused.kernels import (
-    experts,
-    experts_backward,
-    hopper,
-    hopper_down_gradient,
-    hopper_forward,
-    hopper_weight_gradient,
-)
-from farskip_fused.kernels.tiles import choose_tile
+from farskip_fused.kernels import experts, experts_backward, gather_sum, hopper, layout, routing
+from farskip_fused.kernels.layout import Layout
 
 EXPERTS, INTERMEDIATE, HIDDEN, TOP_K, TOKENS = 4, 1408, 2048, 6, 256
-SHARED_MEMORY_LIMIT = 232448  # bytes a block, compute capability 9.0
+Step = Callable[[], Any]
 
 
 class StubDriver:
     class utils:
         @staticmethod
         def get_device_properties(device: int) -> dict[str, int]:
-            return {"max_shared_mem": SHARED_MEMORY_LIMIT, "multiprocessor_count": 132, "warpSize": 32}
+            return {"max_shared_mem": SHARED_MEMORY_LIMIT, "multiprocessor_count": MULTIPROCESSORS, "warpSize": 32}
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -49,92 +55,92 @@ class StubDriver:
         return 0
 
 
-def hopper_variants(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
-    """Names and compiled Gluon kernels."""
+def expert_steps(
+    dtype: torch.dtype, where: Layout, forms: Sequence[tuple[int | None, bool]]
+) -> Iterator[tuple[str, Step]]:
+    """Every launcher of the expert GEMMs over that layout; ``forms`` of the first: its top_k, what it keeps."""
     entries = TOKENS * TOP_K
-    index, rows = torch.zeros(64, dtype=torch.int32), torch.zeros(TOKENS, HIDDEN, dtype=dtype)
-    w13 = torch.zeros(EXPERTS, 2 * INTERMEDIATE, HIDDEN, dtype=dtype)
-    w2 = torch.zeros(EXPERTS, HIDDEN, INTERMEDIATE, dtype=dtype)
-    gate_up, activated, output = (
-        hopper.new_rows(rows, entries, size) for size in (2 * INTERMEDIATE, INTERMEDIATE, HIDDEN)
-    )
-    weights, parts = torch.zeros(TOKENS, TOP_K), torch.zeros(entries, 6)
-    tile = {"STAGES": 3, "num_warps": 4, "grid": (132,)}
-    rows_box = hopper.matrix(rows, hopper.TILE_ROWS, hopper.DEPTH)
-    for top_k in (TOP_K, 0):
-        for keep in (True, False):
+    rows = torch.empty(TOKENS, HIDDEN, dtype=dtype)
+    weights = torch.empty(TOKENS, TOP_K)
+    gate_up, activated = (hopper.new_rows(rows, entries, size) for size in (2 * INTERMEDIATE, INTERMEDIATE))
+    w13 = torch.empty(EXPERTS, 2 * INTERMEDIATE, HIDDEN, dtype=dtype)
+    w2 = torch.empty(EXPERTS, HIDDEN, INTERMEDIATE, dtype=dtype)
+    for top_k, keep in forms:
+        yield f"top_k={top_k} keep={keep}", lambda k=top_k, keep=keep: experts.up_swiglu(rows, where, k, w13, keep)
+    yield "down", lambda: experts.project(activated, where, w2, 1)
+    yield "up", lambda: experts.project(gate_up, where, w13, 2)
+    yield "through down", lambda: experts_backward.down_gradient_swiglu(rows, weights, where, w2, gate_up)
+    for left, right, gather_left in ((gate_up, rows, False), (rows, activated, True)):
+        shape = (EXPERTS, left.shape[1], right.shape[1])
+        for into in (None, torch.float32, dtype):
+            main_grad = None if into is None else torch.empty(shape, dtype=into)
             yield (
-                f"up_swiglu top_k={top_k} keep={keep}",
-                hopper_forward.up_swiglu_kernel.warmup(
-                    rows, rows_box, index, index, index, hopper.matrix(w13, hopper.TILE_COLUMNS // 2, hopper.DEPTH),
-                    hopper.clipped(gate_up), activated,
-                    HIDDEN=HIDDEN, INTERMEDIATE=INTERMEDIATE, TOP_K=top_k, KEEP=keep, **tile,
-                ),
-            )  # fmt: skip
-        yield (
-            f"down_gradient top_k={top_k}",
-            hopper_down_gradient.down_gradient_kernel.warmup(
-                rows, rows_box, weights, index, index, index, hopper.matrix(w2, hopper.DEPTH, hopper.TILE_COLUMNS),
-                hopper.matrix(gate_up, 32, hopper.CHUNK), gate_up, activated, parts,
-                HIDDEN=HIDDEN, INTERMEDIATE=INTERMEDIATE, TOP_K=top_k, **tile,
-            ),
-        )  # fmt: skip
-    for inputs, weight, transposed in ((activated, w2, False), (gate_up, w13, True)):
-        box = (hopper.DEPTH, hopper.TILE_COLUMNS) if transposed else (hopper.TILE_COLUMNS, hopper.DEPTH)
-        yield (
-            f"project transposed={transposed}",
-            hopper_forward.project_kernel.warmup(
-                hopper.matrix(inputs, hopper.TILE_ROWS, hopper.DEPTH), index, index, hopper.matrix(weight, *box),
-                hopper.clipped(output),
-                DEPTH_SIZE=inputs.shape[1], COLUMNS=HIDDEN, TRANSPOSED=transposed, **tile,
-            ),
-        )  # fmt: skip
-    for ordered, transposed in ((activated, False), (gate_up, True)):
-        for main_dtype in (None, torch.float32, dtype):
-            result = torch.zeros(EXPERTS, HIDDEN, ordered.shape[1], dtype=main_dtype or dtype)
-            staged = result if main_dtype is None else ordered
-            yield (
-                f"weight_gradient transposed={transposed} into={main_dtype}",
-                hopper_weight_gradient.weight_gradient_kernel.warmup(
-                    rows, hopper.clipped(ordered, hopper.TILE_COLUMNS), index, index,
-                    hopper.matrix(staged, hopper.CHUNK, hopper.CHUNK), result,
-                    EXPERTS=EXPERTS, LEFT_SIZE=HIDDEN, RIGHT_SIZE=ordered.shape[1], TOP_K=TOP_K,
-                    TRANSPOSED=transposed, ACCUMULATE=main_dtype is not None, **tile,
-                ),
-            )  # fmt: skip
+                f"gather_left={gather_left} into={into}",
+                lambda a=(left, right, where, TOP_K, gather_left, main_grad): experts_backward.weight_gradient(*a),
+            )
 
 
-def plain_variants(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
-    """Names and compiled Triton kernels, for every number of tile rows."""
-    index = torch.int32
-    for rows in (16, 32, 64, 128):
-        tile = choose_tile(rows, dtype)
-        blocks = {
-            "BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns, "BLOCK_DEPTH": tile.depth, "PRECISION": "tf32",
-            "grid": (1,), **tile.launch,
-        }  # fmt: skip
-        yield (
-            f"plain up_swiglu rows={rows}",
-            experts._up_swiglu.warmup(
-                dtype, index, index, index, dtype, dtype, dtype,
-                HIDDEN=HIDDEN, INTERMEDIATE=INTERMEDIATE, TOP_K=TOP_K, KEEP=True, **blocks,
-            ),
-        )  # fmt: skip
-        yield (
-            f"plain project rows={rows}",
-            experts._project.warmup(
-                dtype, index, index, dtype, dtype,
-                DEPTH_SIZE=INTERMEDIATE, COLUMNS=HIDDEN, COLUMN_STRIDE=INTERMEDIATE, DEPTH_STRIDE=1, **blocks,
-            ),
-        )  # fmt: skip
-        blocks["BLOCK_COLUMNS"] = experts_backward.down_gradient_tile(rows, dtype).columns
-        yield (
-            f"plain down_gradient rows={rows}",
-            experts_backward._down_gradient_swiglu.warmup(
-                dtype, torch.float32, index, index, index, dtype, dtype, dtype, dtype, torch.float32,
-                HIDDEN=HIDDEN, INTERMEDIATE=INTERMEDIATE, TOP_K=TOP_K, COLUMN_TILES=11, **blocks,
-            ),
-        )  # fmt: skip
+def sum_steps(dtype: torch.dtype, where: Layout) -> Iterator[tuple[str, Step]]:
+    rows, values = torch.empty(TOKENS, HIDDEN, dtype=dtype), torch.empty(TOKENS * TOP_K, HIDDEN, dtype=dtype)
+    weights, parts = torch.empty(TOKENS, TOP_K), torch.empty(TOKENS * TOP_K, 6)
+    yield "weighted", lambda: gather_sum.sum_entries(values, where.places, weights)
+    yield "plain", lambda: gather_sum.sum_entries(values, where.places, None)
+    yield "parts", lambda: gather_sum.sum_parts(parts, where.places)
+    yield "copy", lambda: gather_sum.gather_rows(rows, where.order, where.offsets, TOP_K)
+
+
+# Qwen3-30B-A3B, and DeepSeek-V3 (sigmoid, bias, groups) with its gate in float32, whose products are three of tf32.
+ROUTERS = {
+    "qwen3": (128, 8, None, {"sigmoid": False, "normalise": True, "groups": 1, "top_groups": 1}),
+    "deepseek-v3": (256, 8, torch.float32, {"sigmoid": True, "normalise": True, "groups": 8, "top_groups": 4}),
+}
+FEW_TOKENS, MANY_TOKENS = (1, 64), (1024, 4096, 16384)  # each with another tile
+
+
+def routing_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
+    # For few tokens only the gate's product depends on the dtype, and not on their number.
+    token_counts = FEW_TOKENS + MANY_TOKENS if dtype == torch.bfloat16 else MANY_TOKENS
+    for (name, router), tokens in itertools.product(ROUTERS.items(), token_counts):
+        num_experts, top_k, gate_dtype, options = router
+        x = torch.empty(tokens, HIDDEN, dtype=dtype)
+        gate = torch.empty(num_experts, HIDDEN, dtype=gate_dtype or dtype)
+        bias = torch.empty(num_experts) if options["sigmoid"] else None
+
+        def run(x=x, gate=gate, top_k=top_k, bias=bias, options=options):
+            found = routing.route(x, gate, top_k, scaling=2.5, bias=bias, tile_rows=128, **options)
+            choice = {name: options[name] for name in ("sigmoid", "normalise")}
+            routing.route_backward(found[2], found[0], found[1], scaling=2.5, **choice)
+
+        yield f"{name} T={tokens}", run
+        yield f"{name} few", lambda x=x[:1], gate=gate: routing.split_logits(x, gate, 1)
+
+
+def layout_steps() -> Iterator[tuple[str, Step]]:
+    """From ids alone, of either width, and on ranks that dispatch to each other."""
+    context, received = torch.empty(64, dtype=torch.int64), torch.empty(4, dtype=torch.int32)
+    for tokens, index_dtype in ((8, torch.int64), (256, torch.int32), (4096, torch.int64)):
+        ids = torch.empty(tokens, 8, dtype=index_dtype)
+        yield f"T={tokens} {index_dtype}", lambda ids=ids: layout.local_layout(ids, 128, 128)
+    ids = torch.empty(4096, 8, dtype=torch.int32)
+    yield "send", lambda: layout.send_layout(context, ids, 4, 32)
+    yield "received", lambda: layout.expert_layout(context, ids, received, 1024, 32, 4096 * 8, 64)
+
+
+def steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
+    """Names and launches of all that is compiled."""
+    index = torch.empty(TOKENS, TOP_K, dtype=torch.int32)
+    layouts = {rows: layout.empty_layout(index, EXPERTS, index.numel(), rows) for rows in (16, 32, 64, 128)}
+    if hopper.HAS_GLUON:
+        for name, step in expert_steps(dtype, layouts[128], [*itertools.product((TOP_K, None), (True, False))]):
+            yield f"hopper {name}", step
+        hopper.HAS_GLUON = False
+    for rows, where in layouts.items():
+        for name, step in expert_steps(dtype, where, [(TOP_K, True), (None, False)]):
+            yield f"rows={rows} {name}", step
+    yield from sum_steps(dtype, layouts[128])
+    yield from routing_steps(dtype)
+    if dtype == torch.bfloat16:
+        yield from layout_steps()
 
 
 def describe(kernel: Any) -> dict[str, int]:
@@ -144,17 +150,32 @@ def describe(kernel: Any) -> dict[str, int]:
     return found | {"shared": kernel.metadata.shared}
 
 
-def main() -> None:
+def compile_all(dtype_name: str) -> list[dict[str, Any]]:
+    """One row for each variant that the launches differ in."""
     driver.set_active(StubDriver())
-    report: dict[str, Any] = {"triton": triton.__version__, "gluon": hopper.HAS_GLUON, "variants": {}}
-    for dtype in (torch.bfloat16, torch.float16):
-        variants = plain_variants(dtype)
-        for name, kernel in variants:
-            report["variants"][f"{dtype} {name}"] = describe(kernel)
-        if hopper.HAS_GLUON:
-            for name, kernel in hopper_variants(dtype):
-                report["variants"][f"{dtype} hopper {name}"] = describe(kernel)
-    print(json.dumps(report))
+    rows: list[dict[str, Any]] = []
+    compiled, step_name = set(), ""
+
+    def compile_only(function: JITFunction, grid: Any) -> Callable[..., None]:
+        def launch(*arguments: Any, **options: Any) -> None:
+            kernel = function.warmup(*arguments, grid=grid, **options)
+            if id(kernel) not in compiled:
+                compiled.add(id(kernel))
+                name = f"{dtype_name} {step_name}: {function.__name__}"
+                rows.append({"name": name, "kernel": function.__name__, **describe(kernel)})
+
+        return launch
+
+    JITFunction.__getitem__ = compile_only
+    for step_name, step in steps(getattr(torch, dtype_name)):
+        step()
+    return rows
+
+
+def main() -> None:
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        rows = sum(pool.map(compile_all, ("bfloat16", "float16")), [])
+    print(json.dumps({"triton": triton.__version__, "gluon": hopper.HAS_GLUON, "variants": rows}))
 
 
 if __name__ == "__main__":
