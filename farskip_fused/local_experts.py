@@ -43,7 +43,8 @@ def fused_experts(
     top_k_weights: [T, K] floating point; the sum is in float32, position 0 first.
     w13: [E, 2I, H], gate rows, then up rows; w2: [E, H, I]; of the hidden states' dtype. With ``transposed`` they are
         [E, H, 2I] and [E, I, H], as Llama-4 and Aria store them, and so are their gradients.
-    Raises UsageError or TypeError for tensors that do not fit together and, on CPU, for ids out of range.
+    Raises UsageError or TypeError for tensors that do not fit together and, on CPU, for ids out of range; on a GPU,
+    which the host does not wait for, the tokens of such ids get NaN, and so do their gradients.
     """
     check_experts(w13, w2, transposed)
     check_hidden_states(hidden_states, w2.shape[2 if transposed else 1], w13)
@@ -203,7 +204,7 @@ def _expert_outputs(hidden_states: Tensor, w13: Tensor, w2: Tensor, *rest: Any) 
     *parts, transposed, keep_gate_up = rest
     where = Layout(*parts)
     rows, w13, w2 = aligned(hidden_states), aligned(w13), aligned(w2)
-    gate_up, activated = experts.up_swiglu(rows, where, where.places.shape[1], _rows(w13, transposed), keep_gate_up)
+    gate_up, activated = experts.up_swiglu(rows, where, where.places.shape[1], w13, keep_gate_up, transposed)
     if gate_up is None:
         gate_up = activated.new_empty(0, 2 * activated.shape[1])
     return experts.project(activated, where, w2, 2 if transposed else 1), gate_up
@@ -303,7 +304,7 @@ def _gradients(
     top_k = top_k_weights.shape[1]
     output_gradient, rows, weights = aligned(output_gradient), aligned(hidden_states), aligned(top_k_weights)
     gate_up_gradient, weighted_activation, weight_parts = experts_backward.down_gradient_swiglu(
-        output_gradient, weights, where, _rows(aligned(w2), transposed), gate_up
+        output_gradient, weights, where, aligned(w2), gate_up, transposed
     )
     results = [tensor.new_empty(0) for tensor in (hidden_states, weights, w13, w2)]
     if needed[0]:
@@ -321,8 +322,3 @@ def _gradients(
                 left, right, where, top_k, gather_left, main_grads[index]
             )
     return results
-
-
-def _rows(weight: Tensor, transposed: bool) -> Tensor:
-    """The weight as the kernels read it, [E, 2I, H] or [E, H, I]."""
-    return weight.transpose(1, 2).contiguous() if transposed else weight

@@ -149,8 +149,8 @@ class FusedExperts(nn.Module):
         """Launch the dispatch of [T, H] to experts [T, K] (-1: not routed) with weights [T, K]; returns at once.
 
         Raises RuntimeError before ``setup``, TypeError for a wrong dtype, UsageError for a wrong shape or device, for
-        more than ``max_tokens`` tokens and, on CPU, for ids out of range. A GPU finds those itself: a later call
-        reports them, and the symmetric memory is then of no further use.
+        more than ``max_tokens`` tokens and, on CPU, for ids out of range. A GPU finds those itself: with ``ep`` None
+        their tokens get NaN, with others a later call reports them, and the symmetric memory is of no further use.
         """
         if self.ep is not None and self._slots is None:
             raise RuntimeError("The layer is not set up; call setup() on every rank before the first forward.")

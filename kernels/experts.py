@@ -38,7 +38,8 @@ def multiply_rows(
 @triton.jit
 def _up_swiglu(
     rows, order, tiles, tile_count, w13, gate_up, activated,
-    HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, TOP_K: tl.constexpr, KEEP: tl.constexpr,
+    HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, COLUMN_STRIDE: tl.constexpr, DEPTH_STRIDE: tl.constexpr,
+    TOP_K: tl.constexpr, KEEP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     exists, expert, start, end = locate_tile(tiles, tile_count, tl.program_id(0), BLOCK_ROWS)
@@ -50,18 +51,19 @@ def _up_swiglu(
             row = (tl.load(order + at, mask=in_range, other=0) // TOP_K).to(tl.int64)
         column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
         column_valid = column < INTERMEDIATE
-        weight = w13 + expert * (2 * INTERMEDIATE * HIDDEN) + column.to(tl.int64)[None, :] * HIDDEN
+        weight = w13 + expert * (2 * INTERMEDIATE * HIDDEN) + column.to(tl.int64)[None, :] * COLUMN_STRIDE
         gate = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
         up = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
         for step in range(0, HIDDEN, BLOCK_DEPTH):
-            depth = step + tl.arange(0, BLOCK_DEPTH)
+            depth = (step + tl.arange(0, BLOCK_DEPTH)).to(tl.int64)
             valid = depth < HIDDEN
             mask = in_range[:, None] & valid[None, :]
             x = tl.load(rows + row[:, None] * HIDDEN + depth[None, :], mask=mask, other=0.0)
             mask = valid[:, None] & column_valid[None, :]
-            gate_weight = tl.load(weight + depth[:, None], mask=mask, other=0.0)
+            at_depth = weight + depth[:, None] * DEPTH_STRIDE
+            gate_weight = tl.load(at_depth, mask=mask, other=0.0)
             gate = tl.dot(x, gate_weight, gate, input_precision=PRECISION)
-            up_weight = tl.load(weight + INTERMEDIATE * HIDDEN + depth[:, None], mask=mask, other=0.0)
+            up_weight = tl.load(at_depth + INTERMEDIATE * COLUMN_STRIDE, mask=mask, other=0.0)
             up = tl.dot(x, up_weight, up, input_precision=PRECISION)
         mask = in_range[:, None] & column_valid[None, :]
         element = activated.dtype.element_ty
@@ -99,26 +101,28 @@ def _project(
 
 
 def up_swiglu(
-    rows: Tensor, layout: Layout, top_k: int | None, w13: Tensor, keep_gate_up: bool
+    rows: Tensor, layout: Layout, top_k: int | None, w13: Tensor, keep_gate_up: bool, transposed: bool = False
 ) -> tuple[Tensor | None, Tensor]:
     """Up-projection with SwiGLU in the epilogue.
 
     rows: [R, H], gathered by ``layout.order``; or [C, H] in sorted order where ``top_k`` is None.
-    w13: [E, 2I, H], gate rows, then up rows.
+    w13: [E, 2I, H], gate rows, then up rows; or, ``transposed``, [E, H, 2I].
     Returns the pre-activations [C, 2I] (for backward; None unless ``keep_gate_up``) and silu(gate) * up [C, I], sorted
     by expert, in the dtype of the rows. Places past the last entry are undefined.
     """
-    _, twice_intermediate, hidden = w13.shape
+    column_dim, depth_dim = (2, 1) if transposed else (1, 2)
+    twice_intermediate, hidden = w13.shape[column_dim], w13.shape[depth_dim]
     intermediate = twice_intermediate // 2
     if hopper.usable(rows, layout.tile_rows, hidden, intermediate):
-        return hopper_forward.up_swiglu(rows, layout, top_k, w13, keep_gate_up)
+        return hopper_forward.up_swiglu(rows, layout, top_k, w13, keep_gate_up, transposed)
     capacity = layout.order.shape[0]
     gate_up = rows.new_empty(capacity, twice_intermediate) if keep_gate_up else None
     activated = rows.new_empty(capacity, intermediate)
     tile = choose_tile(layout.tile_rows, rows.dtype)
     _up_swiglu[(layout.tiles.shape[0], triton.cdiv(intermediate, tile.columns))](
         rows, layout.order, layout.tiles, layout.tile_count, w13, gate_up, activated,
-        HIDDEN=hidden, INTERMEDIATE=intermediate, TOP_K=top_k or 0, KEEP=keep_gate_up,
+        HIDDEN=hidden, INTERMEDIATE=intermediate,
+        COLUMN_STRIDE=w13.stride(column_dim), DEPTH_STRIDE=w13.stride(depth_dim), TOP_K=top_k or 0, KEEP=keep_gate_up,
         BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth, PRECISION=precision(rows.dtype),
         **tile.launch,
     )  # fmt: skip

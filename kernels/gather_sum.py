@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .layout import OUT_OF_RANGE
 from .machine import INTERPRETED, padded
 
 
@@ -33,7 +34,7 @@ def _sum_entries(
         value = tl.load(values + place[:, None] * HIDDEN + column[None, :], mask=mask, other=0.0).to(tl.float32)
         if WEIGHTED:
             value *= tl.load(weights + token * TOP_K + k, mask=place >= 0, other=0.0)[:, None]
-        total += value
+        total += tl.where((place == OUT_OF_RANGE)[:, None], float("nan"), value)
     mask = in_range[:, None] & column_valid[None, :]
     tl.store(result + token[:, None] * HIDDEN + column[None, :], total.to(result.dtype.element_ty), mask=mask)
 
@@ -47,7 +48,8 @@ def _sum_parts(
     part = tl.arange(0, PARTS_PADDED)
     mask = (place >= 0)[:, None] & (part < PARTS)[None, :]
     value = tl.load(parts + place[:, None] * PARTS + part[None, :], mask=mask, other=0.0)
-    tl.store(result + entry, tl.sum(value, axis=1), mask=entry < entries)
+    total = tl.where(place == OUT_OF_RANGE, float("nan"), tl.sum(value, axis=1))
+    tl.store(result + entry, total, mask=entry < entries)
 
 
 @triton.jit
@@ -76,7 +78,7 @@ def gather_rows(rows: Tensor, order: Tensor, offsets: Tensor, top_k: int) -> Ten
 def sum_entries(values: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:
     """Sum the rows of each token's entries: [T, H] from ``values`` [C, H].
 
-    places: [T, K] int32 rows of ``values``, -1 for none. weights: [T, K] float32, or None for a plain sum.
+    places: [T, K] int32 rows of ``values``, -1 for none, -2 for NaN. weights: [T, K] float32, or None for a plain sum.
     """
     tokens, top_k = places.shape
     hidden = values.shape[1]
@@ -94,7 +96,7 @@ def sum_entries(values: Tensor, places: Tensor, weights: Tensor | None) -> Tenso
 
 
 def sum_parts(parts: Tensor, places: Tensor) -> Tensor:
-    """Sum ``parts`` [C, P] float32 over P for each entry: [T, K] float32, zero where an entry has no place."""
+    """Sum ``parts`` [C, P] float32 over P for each entry: [T, K] float32, zero where its place is -1, NaN where it is -2."""
     result = torch.empty(places.shape, dtype=torch.float32, device=parts.device)
     entries = places.numel()
     block = 1024 if INTERPRETED else 128

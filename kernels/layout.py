@@ -27,6 +27,7 @@ SINGLE_PROGRAM_ENTRIES = 2048
 MAXIMUM_BLOCKS = 128
 SMALLEST_CHUNK = 256  # no fewer than a program's threads
 LARGEST_CHUNK = 1024
+OUT_OF_RANGE = tl.constexpr(-2)  # a place
 
 
 class Layout(NamedTuple):
@@ -34,7 +35,8 @@ class Layout(NamedTuple):
 
     An entry is a (row, top-k position) pair whose expert is local, numbered row * K + position. C is the capacity.
     order: [C] int32 entries by expert, then by number; undefined past the last.
-    places: [R, K] int32 where each entry stands in ``order``, -1 where it is not routed to a local expert.
+    places: [R, K] int32 where each entry stands in ``order``, -1 where it is not routed to a local expert, -2 where its
+        id is out of range: what is summed over such an entry is NaN.
     offsets: [E + 1] int32 first place of each expert; the last is the number of entries.
     tiles: [M, 4] int32, for each row tile its expert, that expert's first tile, first place and end; undefined past
     ``tile_count`` [1] int32. tile_rows: rows of a tile.
@@ -98,13 +100,13 @@ def _send_positions(
 
 @triton.jit
 def _load_experts(experts, received, entry, end, rows_per_source, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr):
-    """Expert of each entry before ``end``; -1 for ids out of range and for rows that did not arrive."""
+    """Expert of each entry before ``end``; -1 for none and for rows that did not arrive, -2 for ids out of range."""
     valid = entry < end
     if received is not None:
         row = entry // TOP_K
         valid &= row % rows_per_source < tl.load(received + row // rows_per_source, mask=valid, other=0)
     expert = tl.load(experts + entry, mask=valid, other=-1)
-    return tl.where((expert >= 0) & (expert < NUM_EXPERTS), expert, -1).to(tl.int32)
+    return tl.where((expert >= -1) & (expert < NUM_EXPERTS), expert, OUT_OF_RANGE).to(tl.int32)
 
 
 @triton.jit
@@ -157,14 +159,15 @@ def place_entries(
     for chunk in range(first, end, CHUNK):
         expert = _load_experts(experts, received, chunk + lane, routed_end, rows_per_source, NUM_EXPERTS, TOP_K)
         # Expert and lane in one integer: its order is the stable one.
-        key = tl.sort(tl.where(expert >= 0, expert, EXPERTS_PADDED) * CHUNK + lane)
+        key = tl.sort(tl.where(expert >= 0, expert, EXPERTS_PADDED - 1 - expert) * CHUNK + lane)
         expert, entry = key // CHUNK, chunk + key % CHUNK
         routed = expert < EXPERTS_PADDED
+        none = EXPERTS_PADDED - 1 - expert
         expert = tl.where(routed, expert, 0)
         counts = tl.histogram(expert, EXPERTS_PADDED, mask=routed)
         place = tl.gather(starts - (tl.cumsum(counts) - counts), expert, 0) + lane
         tl.store(order + place, entry, mask=routed)
-        tl.store(places + entry, tl.where(routed, place, -1), mask=entry < end)
+        tl.store(places + entry, tl.where(routed, place, none), mask=entry < end)
         starts += counts
 
 
@@ -280,7 +283,7 @@ def expert_layout(
 def local_layout(experts: Tensor, num_experts: int, tile_rows: int) -> Layout:
     """Sort the entries of this rank's own tokens.
 
-    experts: [T, K] integers; ids that are no expert (-1 and all others outside [0, E)) are not routed.
+    experts: [T, K] integers; -1 is not routed, and neither are ids out of range, which ``places`` tells apart.
     """
     entries = experts.numel()
     if entries <= SINGLE_PROGRAM_ENTRIES:

@@ -224,6 +224,23 @@ def test_a_captured_graph_follows_its_inputs():
         assert torch.equal(result, ff.fused_experts(other, other_index, other_weights, w13, w2))
 
 
+@pytest.mark.parametrize("tokens", [1, TOKENS])
+@pytest.mark.parametrize("wrong", [EXPERTS, -2, 2**33])
+def test_expert_ids_out_of_range_give_nan_where_nobody_looks_at_them(wrong, tokens, monkeypatch):
+    monkeypatch.setattr(local_experts, "check_ids", lambda *_: None)  # as on a GPU
+    arguments = random_call(tokens)
+    whole = ff.fused_experts(*arguments)
+    arguments[1][0, 1] = wrong
+    result = ff.fused_experts(*arguments)
+    assert result[0].isnan().all() and torch.equal(result[1:], whole[1:])
+    hidden_gradient, weights_gradient, *weight_gradients = gradients(result, arguments, torch.ones_like(result))
+    assert hidden_gradient[0].isnan().all() and weights_gradient[0].isnan().tolist() == [False, True, False]
+    assert torch.isfinite(hidden_gradient[1:]).all() and torch.isfinite(weights_gradient[1:]).all()
+    assert all(torch.isfinite(gradient).all() for gradient in weight_gradients)
+    with torch.no_grad():
+        assert ff.fused_experts(*arguments)[0].isnan().all()
+
+
 class TestPending:
     def test_steps_equal_one_call_in_any_order(self):
         calls = [random_call(), random_call(9)]

@@ -20,9 +20,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-SHARED_MEMORY_LIMIT = 232448  # bytes a block, compute capability 9.0
-MULTIPROCESSORS = 132
-
 if __name__ == "__main__":
     # Before the kernels are imported: without a GPU they would be interpreted.
     torch.cuda.is_available = lambda: True
@@ -35,6 +32,8 @@ if __name__ == "__main__":
 from farskip_fused.kernels import experts, experts_backward, gather_sum, hopper, layout, routing
 from farskip_fused.kernels.layout import Layout
 
+SHARED_MEMORY_LIMIT = 232448  # bytes a block, compute capability 9.0
+MULTIPROCESSORS = 132
 EXPERTS, INTERMEDIATE, HIDDEN, TOP_K, TOKENS = 4, 1408, 2048, 6, 256
 Step = Callable[[], Any]
 
@@ -56,20 +55,29 @@ class StubDriver:
 
 
 def expert_steps(
-    dtype: torch.dtype, where: Layout, forms: Sequence[tuple[int | None, bool]]
+    dtype: torch.dtype, where: Layout, forms: Sequence[tuple[int | None, bool, bool]]
 ) -> Iterator[tuple[str, Step]]:
-    """Every launcher of the expert GEMMs over that layout; ``forms`` of the first: its top_k, what it keeps."""
+    """Every launcher of the expert GEMMs over that layout; ``forms`` of the first: top_k, kept, transposed."""
     entries = TOKENS * TOP_K
     rows = torch.empty(TOKENS, HIDDEN, dtype=dtype)
     weights = torch.empty(TOKENS, TOP_K)
     gate_up, activated = (hopper.new_rows(rows, entries, size) for size in (2 * INTERMEDIATE, INTERMEDIATE))
     w13 = torch.empty(EXPERTS, 2 * INTERMEDIATE, HIDDEN, dtype=dtype)
     w2 = torch.empty(EXPERTS, HIDDEN, INTERMEDIATE, dtype=dtype)
-    for top_k, keep in forms:
-        yield f"top_k={top_k} keep={keep}", lambda k=top_k, keep=keep: experts.up_swiglu(rows, where, k, w13, keep)
+
+    def to_up(top_k: int | None, keep: bool, transposed: bool) -> tuple[Any, ...]:
+        return top_k, w13.reshape(EXPERTS, HIDDEN, -1) if transposed else w13, keep, transposed
+
+    for form in forms:
+        yield f"form={form}", lambda form=form: experts.up_swiglu(rows, where, *to_up(*form))
     yield "down", lambda: experts.project(activated, where, w2, 1)
     yield "up", lambda: experts.project(gate_up, where, w13, 2)
-    yield "through down", lambda: experts_backward.down_gradient_swiglu(rows, weights, where, w2, gate_up)
+    for transposed in (False, True):
+        weight = w2.reshape(EXPERTS, INTERMEDIATE, HIDDEN) if transposed else w2
+        yield (
+            f"through down transposed={transposed}",
+            lambda a=(rows, weights, where, weight, gate_up, transposed): experts_backward.down_gradient_swiglu(*a),
+        )
     for left, right, gather_left in ((gate_up, rows, False), (rows, activated, True)):
         shape = (EXPERTS, left.shape[1], right.shape[1])
         for into in (None, torch.float32, dtype):
@@ -80,13 +88,24 @@ def expert_steps(
             )
 
 
-def sum_steps(dtype: torch.dtype, where: Layout) -> Iterator[tuple[str, Step]]:
+def other_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
+    """Sums and copies; layouts from ids of either width, and on ranks that dispatch to each other."""
+    where = new_layout(128)
     rows, values = torch.empty(TOKENS, HIDDEN, dtype=dtype), torch.empty(TOKENS * TOP_K, HIDDEN, dtype=dtype)
     weights, parts = torch.empty(TOKENS, TOP_K), torch.empty(TOKENS * TOP_K, 6)
     yield "weighted", lambda: gather_sum.sum_entries(values, where.places, weights)
     yield "plain", lambda: gather_sum.sum_entries(values, where.places, None)
     yield "parts", lambda: gather_sum.sum_parts(parts, where.places)
     yield "copy", lambda: gather_sum.gather_rows(rows, where.order, where.offsets, TOP_K)
+    if dtype != torch.bfloat16:
+        return
+    context, received = torch.empty(64, dtype=torch.int64), torch.empty(4, dtype=torch.int32)
+    for tokens, index_dtype in ((8, torch.int64), (256, torch.int32), (4096, torch.int64)):
+        ids = torch.empty(tokens, 8, dtype=index_dtype)
+        yield f"T={tokens} {index_dtype}", lambda ids=ids: layout.local_layout(ids, 128, 128)
+    ids = torch.empty(4096, 8, dtype=torch.int32)
+    yield "send", lambda: layout.send_layout(context, ids, 4, 32)
+    yield "received", lambda: layout.expert_layout(context, ids, received, 1024, 32, 4096 * 8, 64)
 
 
 # Qwen3-30B-A3B, and DeepSeek-V3 (sigmoid, bias, groups) with its gate in float32, whose products are three of tf32.
@@ -98,49 +117,42 @@ FEW_TOKENS, MANY_TOKENS = (1, 64), (1024, 4096, 16384)  # each with another tile
 
 
 def routing_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
-    # For few tokens only the gate's product depends on the dtype, and not on their number.
-    token_counts = FEW_TOKENS + MANY_TOKENS if dtype == torch.bfloat16 else MANY_TOKENS
-    for (name, router), tokens in itertools.product(ROUTERS.items(), token_counts):
-        num_experts, top_k, gate_dtype, options = router
-        x = torch.empty(tokens, HIDDEN, dtype=dtype)
-        gate = torch.empty(num_experts, HIDDEN, dtype=gate_dtype or dtype)
+    """The router; of float16 only the products with the gate, which are all that depends on the dtype."""
+    for name, (num_experts, top_k, gate_dtype, options) in ROUTERS.items():
         bias = torch.empty(num_experts) if options["sigmoid"] else None
+        for tokens in FEW_TOKENS + MANY_TOKENS:
+            x = torch.empty(tokens, HIDDEN, dtype=dtype)
+            gate = torch.empty(num_experts, HIDDEN, dtype=gate_dtype or dtype)
 
-        def run(x=x, gate=gate, top_k=top_k, bias=bias, options=options):
-            found = routing.route(x, gate, top_k, scaling=2.5, bias=bias, tile_rows=128, **options)
-            choice = {name: options[name] for name in ("sigmoid", "normalise")}
-            routing.route_backward(found[2], found[0], found[1], scaling=2.5, **choice)
+            def run(x=x, gate=gate, top_k=top_k, bias=bias, options=options):
+                found = routing.route(x, gate, top_k, scaling=2.5, bias=bias, tile_rows=128, **options)
+                choice = {name: options[name] for name in ("sigmoid", "normalise")}
+                routing.route_backward(found[2], found[0], found[1], scaling=2.5, **choice)
 
-        yield f"{name} T={tokens}", run
-        yield f"{name} few", lambda x=x[:1], gate=gate: routing.split_logits(x, gate, 1)
-
-
-def layout_steps() -> Iterator[tuple[str, Step]]:
-    """From ids alone, of either width, and on ranks that dispatch to each other."""
-    context, received = torch.empty(64, dtype=torch.int64), torch.empty(4, dtype=torch.int32)
-    for tokens, index_dtype in ((8, torch.int64), (256, torch.int32), (4096, torch.int64)):
-        ids = torch.empty(tokens, 8, dtype=index_dtype)
-        yield f"T={tokens} {index_dtype}", lambda ids=ids: layout.local_layout(ids, 128, 128)
-    ids = torch.empty(4096, 8, dtype=torch.int32)
-    yield "send", lambda: layout.send_layout(context, ids, 4, 32)
-    yield "received", lambda: layout.expert_layout(context, ids, received, 1024, 32, 4096 * 8, 64)
+            if dtype == torch.bfloat16:
+                yield f"{name} T={tokens}", run
+            elif gate_dtype is None and tokens in MANY_TOKENS:
+                options_of = {**options, "scaling": 2.5, "bias": bias, "tile_rows": 0}
+                yield f"{name} T={tokens}", lambda a=(x, gate, top_k), o=options_of: routing.route(*a, **o)
+            elif tokens == 1:
+                yield name, lambda x=x, gate=gate: routing.split_logits(x, gate, 1)
 
 
-def steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
-    """Names and launches of all that is compiled."""
+def new_layout(tile_rows: int) -> Layout:
     index = torch.empty(TOKENS, TOP_K, dtype=torch.int32)
-    layouts = {rows: layout.empty_layout(index, EXPERTS, index.numel(), rows) for rows in (16, 32, 64, 128)}
-    if hopper.HAS_GLUON:
-        for name, step in expert_steps(dtype, layouts[128], [*itertools.product((TOP_K, None), (True, False))]):
-            yield f"hopper {name}", step
-        hopper.HAS_GLUON = False
-    for rows, where in layouts.items():
-        for name, step in expert_steps(dtype, where, [(TOP_K, True), (None, False)]):
+    return layout.empty_layout(index, EXPERTS, index.numel(), tile_rows)
+
+
+def hopper_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
+    forms = [*itertools.product((TOP_K, None), (True, False), (False, True))]
+    return expert_steps(dtype, new_layout(128), forms) if hopper.HAS_GLUON else iter(())
+
+
+def plain_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
+    hopper.HAS_GLUON = False
+    for rows in (16, 32, 64, 128):
+        for name, step in expert_steps(dtype, new_layout(rows), [(TOP_K, True, False), (None, False, True)]):
             yield f"rows={rows} {name}", step
-    yield from sum_steps(dtype, layouts[128])
-    yield from routing_steps(dtype)
-    if dtype == torch.bfloat16:
-        yield from layout_steps()
 
 
 def describe(kernel: Any) -> dict[str, int]:
@@ -150,31 +162,38 @@ def describe(kernel: Any) -> dict[str, int]:
     return found | {"shared": kernel.metadata.shared}
 
 
-def compile_all(dtype_name: str) -> list[dict[str, Any]]:
-    """One row for each variant that the launches differ in."""
+def compile_family(dtype_name: str, family: str) -> list[dict[str, Any]]:
+    """One row for each variant that the launches of that family differ in."""
     driver.set_active(StubDriver())
     rows: list[dict[str, Any]] = []
-    compiled, step_name = set(), ""
+    compiled = set()
 
     def compile_only(function: JITFunction, grid: Any) -> Callable[..., None]:
         def launch(*arguments: Any, **options: Any) -> None:
             kernel = function.warmup(*arguments, grid=grid, **options)
             if id(kernel) not in compiled:
                 compiled.add(id(kernel))
-                name = f"{dtype_name} {step_name}: {function.__name__}"
-                rows.append({"name": name, "kernel": function.__name__, **describe(kernel)})
+                rows.append(
+                    {
+                        "name": f"{dtype_name} {name}: {function.__name__}",
+                        "kernel": function.__name__,
+                        **describe(kernel),
+                    }
+                )
 
         return launch
 
     JITFunction.__getitem__ = compile_only
-    for step_name, step in steps(getattr(torch, dtype_name)):
+    families = {"routing": routing_steps, "hopper": hopper_steps, "plain": plain_steps, "others": other_steps}
+    for name, step in families[family](getattr(torch, dtype_name)):  # noqa: B007
         step()
     return rows
 
 
 def main() -> None:
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        rows = sum(pool.map(compile_all, ("bfloat16", "float16")), [])
+    families = itertools.product(("bfloat16", "float16"), ("routing", "hopper", "plain", "others"))
+    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+        rows = [row for found in pool.starmap(compile_family, families, chunksize=1) for row in found]
     print(json.dumps({"triton": triton.__version__, "gluon": hopper.HAS_GLUON, "variants": rows}))
 
 

@@ -78,6 +78,11 @@ def test_forward_kernels_match_float32(problem):
     assert_close(activated[:count], expected, dtype)
     nothing, again = experts.up_swiglu(problem.x, layout, problem.top_k, problem.w13, False)
     assert nothing is None and torch.equal(again[:count], activated[:count])
+    w13 = problem.w13.transpose(1, 2).contiguous()
+    for value, usual in zip(
+        experts.up_swiglu(problem.x, layout, problem.top_k, w13, True, True), (gate_up, activated), strict=True
+    ):
+        assert_close(value[:count], usual[:count].float(), dtype)
     if count:
         rows = problem.x.new_zeros(layout.order.shape[0], problem.x.shape[1])
         rows[:count] = problem.x[problem.row]
@@ -105,6 +110,10 @@ def test_backward_kernels_match_float32(problem):
     assert_close(gradient[:count], torch.cat([by_gate, through_down * weight * gate * sigmoid], dim=1), dtype)
     assert_close(weighted[:count], activation * weight, dtype)
     assert_close(parts[:count].sum(dim=1), (through_down * activation).sum(dim=1), dtype)
+    w2 = problem.w2.transpose(1, 2).contiguous()
+    transposed = experts_backward.down_gradient_swiglu(problem.gradient, problem.weights, layout, w2, gate_up, True)
+    for value, usual in zip(transposed, results, strict=True):
+        assert_close(value[:count], usual[:count].float(), dtype)
     row_gradient = experts.project(gradient, layout, problem.w13, 2)
     assert_close(row_gradient[:count], problem.grouped(gradient[:count], problem.w13.transpose(1, 2)), dtype)
 
