@@ -49,8 +49,19 @@ def fused_experts(
     check_experts(w13, w2, transposed)
     check_hidden_states(hidden_states, w2.shape[2 if transposed else 1], w13)
     check_routing(hidden_states.shape[0], top_k_index, top_k_weights, w13.device)
-    where = sort_entries(top_k_index, w13)
+    where = arrange_entries(top_k_index, w13)
     return LocalPending(hidden_states, where, top_k_weights, w13, w2, transposed=transposed).finish()
+
+
+def arrange_entries(top_k_index: Tensor, w13: Tensor) -> Layout:
+    """The entries of ids [T, K] for the GEMMs with ``w13``: sorted, or as they are where that costs less.
+
+    Whatever may have a backward pass is sorted.
+    """
+    tokens, top_k = top_k_index.shape
+    if torch.is_grad_enabled() or not layout.can_stay_unsorted(tokens, top_k, w13.shape[0]):
+        return sort_entries(top_k_index, w13)
+    return layout.unsorted_layout(_wide(top_k_index))
 
 
 def sort_entries(top_k_index: Tensor, w13: Tensor) -> Layout:
@@ -63,7 +74,7 @@ def sort_entries(top_k_index: Tensor, w13: Tensor) -> Layout:
 class LocalPending:
     """A call in flight on one rank: the steps of ``expert_parallel.Pending`` without peers. Trusts its arguments.
 
-    where: the entries sorted by expert, by ``sort_entries`` or by the router that chose them.
+    where: the entries, from ``arrange_entries`` or from the router that chose them.
     main_grads: tensors shaped as ``w13`` and ``w2`` to which backward adds their gradients, instead of returning them.
     """
 
@@ -180,9 +191,12 @@ def check_ids(top_k_index: Tensor, num_experts: int) -> None:
 )
 def _expert_layout(top_k_index: Tensor, num_experts: int, tile_rows: int) -> tuple[Tensor, ...]:
     check_ids(top_k_index, num_experts)
-    if top_k_index.dtype not in (torch.int32, torch.int64):
-        top_k_index = top_k_index.to(torch.int32)
-    return tuple(layout.local_layout(aligned(top_k_index), num_experts, tile_rows)[:5])
+    return tuple(layout.local_layout(aligned(_wide(top_k_index)), num_experts, tile_rows)[:5])
+
+
+def _wide(ids: Tensor) -> Tensor:
+    """In one of the two widths for which kernels are compiled."""
+    return ids if ids.dtype in (torch.int32, torch.int64) else ids.to(torch.int32)
 
 
 @_expert_layout.register_fake
@@ -203,6 +217,9 @@ def _expert_outputs(hidden_states: Tensor, w13: Tensor, w2: Tensor, *rest: Any) 
     """Outputs of the experts before their sum [C, H], and gate and up pre-activations [C, 2I], or [0, 2I]."""
     *parts, transposed, keep_gate_up = rest
     where = Layout(*parts)
+    if not where.is_sorted:
+        check_ids(where.places, w13.shape[0])
+        where = layout.unsorted_layout(aligned(where.places))
     rows, w13, w2 = aligned(hidden_states), aligned(w13), aligned(w2)
     gate_up, activated = experts.up_swiglu(rows, where, where.places.shape[1], w13, keep_gate_up, transposed)
     if gate_up is None:
@@ -223,9 +240,10 @@ def _(hidden_states: Tensor, w13: Tensor, w2: Tensor, order: Tensor, *rest: Any)
     mutates_args=(),
     schema=f"(Tensor values, {_SAVED}, Tensor? w13_main_grad, Tensor? w2_main_grad) -> Tensor",
 )
-def _sum_experts(values: Tensor, hidden_states: Tensor, top_k_weights: Tensor, *rest: Any) -> Tensor:
-    _, _, _, _, places, *_ = rest
-    return gather_sum.sum_entries(values, places, aligned(top_k_weights))
+def _sum_experts(values: Tensor, hidden_states: Tensor, top_k_weights: Tensor, w13: Tensor, *rest: Any) -> Tensor:
+    _, _, _, places, _, _, _, tile_rows, *_ = rest
+    unsorted_experts = w13.shape[0] if tile_rows == 1 else 0
+    return gather_sum.sum_entries(values, aligned(places), aligned(top_k_weights), unsorted_experts)
 
 
 @_sum_experts.register_fake

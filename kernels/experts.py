@@ -1,6 +1,7 @@
 """Expert GEMMs over expert-sorted entries, forward: plain Triton for any architecture, or Hopper's kernels.
 
-An *entry* is a (row, top-k position) pair whose expert is local; a ``Layout`` (layout.py) lists them sorted by expert.
+An *entry* is a (row, top-k position) pair whose expert is local; a ``Layout`` (layout.py) lists them sorted by expert,
+or leaves few of them where they are.
 """
 
 from __future__ import annotations
@@ -39,15 +40,17 @@ def multiply_rows(
 def _up_swiglu(
     rows, order, tiles, tile_count, w13, gate_up, activated,
     HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, COLUMN_STRIDE: tl.constexpr, DEPTH_STRIDE: tl.constexpr,
-    TOP_K: tl.constexpr, KEEP: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, KEEP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    exists, expert, start, end = locate_tile(tiles, tile_count, tl.program_id(0), BLOCK_ROWS)
+    exists, expert, start, end = locate_tile(tiles, tile_count, tl.program_id(0), BLOCK_ROWS, NUM_EXPERTS)
     if exists:
         at = start + tl.arange(0, BLOCK_ROWS)
         in_range = at < end
         row = at.to(tl.int64)
-        if TOP_K > 0:
+        if order is None:
+            row = row // TOP_K
+        elif TOP_K > 0:
             row = (tl.load(order + at, mask=in_range, other=0) // TOP_K).to(tl.int64)
         column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
         column_valid = column < INTERMEDIATE
@@ -83,9 +86,10 @@ def _up_swiglu(
 def _project(
     inputs, tiles, tile_count, weight, result,
     DEPTH_SIZE: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_STRIDE: tl.constexpr, DEPTH_STRIDE: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    exists, expert, start, end = locate_tile(tiles, tile_count, tl.program_id(0), BLOCK_ROWS)
+    exists, expert, start, end = locate_tile(tiles, tile_count, tl.program_id(0), BLOCK_ROWS, NUM_EXPERTS)
     if exists:
         at = (start + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
         in_range = at < end
@@ -98,6 +102,11 @@ def _project(
         )  # fmt: skip
         mask = in_range[:, None] & column_valid[None, :]
         tl.store(result + at[:, None] * COLUMNS + column[None, :], total.to(result.dtype.element_ty), mask=mask)
+
+
+def tile_arguments(layout: Layout) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Order, tiles and tile count as the kernels take them: of unsorted entries only the tiles."""
+    return (layout.order, layout.tiles, layout.tile_count) if layout.is_sorted else (None, layout.tiles, None)
 
 
 def up_swiglu(
@@ -120,9 +129,10 @@ def up_swiglu(
     activated = rows.new_empty(capacity, intermediate)
     tile = choose_tile(layout.tile_rows, rows.dtype)
     _up_swiglu[(layout.tiles.shape[0], triton.cdiv(intermediate, tile.columns))](
-        rows, layout.order, layout.tiles, layout.tile_count, w13, gate_up, activated,
+        rows, *tile_arguments(layout), w13, gate_up, activated,
         HIDDEN=hidden, INTERMEDIATE=intermediate,
-        COLUMN_STRIDE=w13.stride(column_dim), DEPTH_STRIDE=w13.stride(depth_dim), TOP_K=top_k or 0, KEEP=keep_gate_up,
+        COLUMN_STRIDE=w13.stride(column_dim), DEPTH_STRIDE=w13.stride(depth_dim),
+        NUM_EXPERTS=w13.shape[0], TOP_K=top_k or 0, KEEP=keep_gate_up,
         BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth, PRECISION=precision(rows.dtype),
         **tile.launch,
     )  # fmt: skip
@@ -140,9 +150,10 @@ def project(inputs: Tensor, layout: Layout, weight: Tensor, column_dim: int) -> 
     result = inputs.new_empty(inputs.shape[0], columns)
     tile = choose_tile(layout.tile_rows, inputs.dtype)
     _project[(layout.tiles.shape[0], triton.cdiv(columns, tile.columns))](
-        inputs, layout.tiles, layout.tile_count, weight, result,
+        inputs, *tile_arguments(layout)[1:], weight, result,
         DEPTH_SIZE=depth, COLUMNS=columns,
         COLUMN_STRIDE=weight.stride(column_dim), DEPTH_STRIDE=weight.stride(3 - column_dim),
+        NUM_EXPERTS=weight.shape[0],
         BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth, PRECISION=precision(inputs.dtype),
         **tile.launch,
     )  # fmt: skip

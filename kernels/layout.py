@@ -40,6 +40,7 @@ class Layout(NamedTuple):
     offsets: [E + 1] int32 first place of each expert; the last is the number of entries.
     tiles: [M, 4] int32, for each row tile its expert, that expert's first tile, first place and end; undefined past
     ``tile_count`` [1] int32. tile_rows: rows of a tile.
+    Unsorted entries have one tile each, of one row, and their ids for all of these; see ``unsorted_layout``.
     """
 
     order: Tensor
@@ -48,6 +49,10 @@ class Layout(NamedTuple):
     tiles: Tensor
     tile_count: Tensor
     tile_rows: int
+
+    @property
+    def is_sorted(self) -> bool:
+        return self.tile_rows > 1
 
 
 @triton.jit
@@ -297,6 +302,20 @@ def local_layout(experts: Tensor, num_experts: int, tile_rows: int) -> Layout:
         **entry_sizes(num_experts, experts.shape[1]), CHUNK=LARGEST_CHUNK, num_warps=8,
     )  # fmt: skip
     return sort_counted(experts, block_counts, block_entries, tile_rows)
+
+
+def unsorted_layout(experts: Tensor) -> Layout:
+    """Each entry of ids ``experts`` [T, K] in its own place and in a row tile of its own; nothing is launched.
+
+    For the forward GEMMs alone. Two entries of one expert read its weights twice: for few entries.
+    """
+    flat = experts.flatten()
+    return Layout(flat, experts, flat, flat, flat, 1)
+
+
+def can_stay_unsorted(tokens: int, top_k: int, num_experts: int) -> bool:
+    """Whether so few entries that hardly two share an expert; those of one token never do."""
+    return tokens == 1 or 0 < 4 * tokens * top_k <= num_experts
 
 
 def sort_counted(experts: Tensor, block_counts: Tensor, block_entries: int, tile_rows: int) -> Layout:

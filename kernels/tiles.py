@@ -44,7 +44,11 @@ def choose_tile_rows(entries: int, num_experts: int, dtype: torch.dtype) -> int:
 
 
 def choose_tile(rows: int, dtype: torch.dtype) -> Tile:
-    """Columns and depth that go with that many rows; the stages fit in the shared memory of sm_80 and later."""
+    """Columns and depth that go with that many rows; the stages fit in the shared memory of sm_80 and later.
+
+    rows: of the layout's tiles; a dot has at least 16.
+    """
+    rows = max(rows, 16)
     if INTERPRETED:
         return Tile(rows, 128, 128, 4, 1)
     if dtype == torch.float32:
@@ -55,8 +59,14 @@ def choose_tile(rows: int, dtype: torch.dtype) -> Tile:
 
 
 @triton.jit
-def locate_tile(tiles, tile_count, tile, TILE_ROWS: tl.constexpr):
-    """Whether the row tile exists, its expert, and its places [start, end) in the sorted order."""
+def locate_tile(tiles, tile_count, tile, TILE_ROWS: tl.constexpr, NUM_EXPERTS: tl.constexpr = 0):
+    """Whether the row tile exists, its expert, and its places [start, end) in the sorted order.
+
+    Unsorted entries have no ``tile_count``, and their ids for ``tiles``: those out of NUM_EXPERTS have no tile.
+    """
+    if tile_count is None:
+        expert = tl.load(tiles + tile).to(tl.int64)
+        return (expert >= 0) & (expert < NUM_EXPERTS), expert, tile, tile + 1
     exists = tile < tl.load(tile_count)
     entry = tiles + tile * 4
     expert = tl.load(entry, mask=exists, other=0)

@@ -71,6 +71,8 @@ def expert_steps(
     for form in forms:
         yield f"form={form}", lambda form=form: experts.up_swiglu(rows, where, *to_up(*form))
     yield "down", lambda: experts.project(activated, where, w2, 1)
+    if not where.is_sorted:
+        return
     yield "up", lambda: experts.project(gate_up, where, w13, 2)
     for transposed in (False, True):
         weight = w2.reshape(EXPERTS, INTERMEDIATE, HIDDEN) if transposed else w2
@@ -94,6 +96,7 @@ def other_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
     rows, values = torch.empty(TOKENS, HIDDEN, dtype=dtype), torch.empty(TOKENS * TOP_K, HIDDEN, dtype=dtype)
     weights, parts = torch.empty(TOKENS, TOP_K), torch.empty(TOKENS * TOP_K, 6)
     yield "weighted", lambda: gather_sum.sum_entries(values, where.places, weights)
+    yield "unsorted", lambda: gather_sum.sum_entries(values, where.places, weights, EXPERTS)
     yield "plain", lambda: gather_sum.sum_entries(values, where.places, None)
     yield "parts", lambda: gather_sum.sum_parts(parts, where.places)
     yield "copy", lambda: gather_sum.gather_rows(rows, where.order, where.offsets, TOP_K)
@@ -140,6 +143,8 @@ def routing_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
 
 def new_layout(tile_rows: int) -> Layout:
     index = torch.empty(TOKENS, TOP_K, dtype=torch.int32)
+    if tile_rows == 1:
+        return layout.unsorted_layout(index)
     return layout.empty_layout(index, EXPERTS, index.numel(), tile_rows)
 
 
@@ -150,8 +155,9 @@ def hopper_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
 
 def plain_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
     hopper.HAS_GLUON = False
-    for rows in (16, 32, 64, 128):
-        for name, step in expert_steps(dtype, new_layout(rows), [(TOP_K, True, False), (None, False, True)]):
+    for rows in (1, 16, 32, 64, 128):
+        forms = [(TOP_K, True, False), (TOP_K if rows == 1 else None, False, True)]
+        for name, step in expert_steps(dtype, new_layout(rows), forms):
             yield f"rows={rows} {name}", step
 
 
