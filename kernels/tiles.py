@@ -65,14 +65,17 @@ def locate_tile(tiles, tile_count, tile, TILE_ROWS: tl.constexpr, NUM_EXPERTS: t
     Unsorted entries have no ``tile_count``, and their ids for ``tiles``: those out of NUM_EXPERTS have no tile.
     """
     if tile_count is None:
-        expert = tl.load(tiles + tile).to(tl.int64)
-        return (expert >= 0) & (expert < NUM_EXPERTS), expert, tile, tile + 1
-    exists = tile < tl.load(tile_count)
-    entry = tiles + tile * 4
-    expert = tl.load(entry, mask=exists, other=0)
-    first_tile = tl.load(entry + 1, mask=exists, other=0)
-    start = tl.load(entry + 2, mask=exists, other=0) + (tile - first_tile) * TILE_ROWS
-    end = tl.load(entry + 3, mask=exists, other=0)
+        expert = tl.load(tiles + tile)
+        exists = (expert >= 0) & (expert < NUM_EXPERTS)
+        start = tile
+        end = tile + 1
+    else:
+        exists = tile < tl.load(tile_count)
+        entry = tiles + tile * 4
+        expert = tl.load(entry, mask=exists, other=0)
+        first_tile = tl.load(entry + 1, mask=exists, other=0)
+        start = tl.load(entry + 2, mask=exists, other=0) + (tile - first_tile) * TILE_ROWS
+        end = tl.load(entry + 3, mask=exists, other=0)
     return exists, expert.to(tl.int64), start, end
 
 
