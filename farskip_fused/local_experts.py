@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from farskip_fused import tuning
 from farskip_fused.errors import UsageError
 from farskip_fused.kernels import experts, experts_backward, gather_sum, layout
 from farskip_fused.kernels.layout import Layout
 from farskip_fused.kernels.machine import aligned
-from farskip_fused.kernels.tiles import choose_tile_rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -49,24 +49,24 @@ def fused_experts(
     check_experts(w13, w2, transposed)
     check_hidden_states(hidden_states, w2.shape[2 if transposed else 1], w13)
     check_routing(hidden_states.shape[0], top_k_index, top_k_weights, w13.device)
-    where = arrange_entries(top_k_index, w13)
+    where = arrange_entries(hidden_states, top_k_index, w13)
     return LocalPending(hidden_states, where, top_k_weights, w13, w2, transposed=transposed).finish()
 
 
-def arrange_entries(top_k_index: Tensor, w13: Tensor) -> Layout:
-    """The entries of ids [T, K] for the GEMMs with ``w13``: sorted, or as they are where that costs less.
+def arrange_entries(hidden_states: Tensor, top_k_index: Tensor, w13: Tensor) -> Layout:
+    """The entries of ids [T, K] for the GEMMs of hidden states [T, H] with ``w13``.
 
-    Whatever may have a backward pass is sorted.
+    Sorted, or, where that costs less and no backward pass can follow, as they are.
     """
     tokens, top_k = top_k_index.shape
     if torch.is_grad_enabled() or not layout.can_stay_unsorted(tokens, top_k, w13.shape[0]):
-        return sort_entries(top_k_index, w13)
+        return sort_entries(hidden_states, top_k_index, w13)
     return layout.unsorted_layout(_wide(top_k_index))
 
 
-def sort_entries(top_k_index: Tensor, w13: Tensor) -> Layout:
-    """The entries of ids [T, K] sorted by expert, for the GEMMs with ``w13``."""
-    tile_rows = choose_tile_rows(top_k_index.numel(), w13.shape[0], w13.dtype)
+def sort_entries(hidden_states: Tensor, top_k_index: Tensor, w13: Tensor) -> Layout:
+    """The entries of ids [T, K] sorted by expert, for the GEMMs of hidden states [T, H] with ``w13``."""
+    tile_rows = tuning.tile_rows(top_k_index.numel(), hidden_states, w13)
     order, places, offsets, tiles, tile_count = _expert_layout(top_k_index, w13.shape[0], tile_rows)
     return Layout(order, places, offsets, tiles, tile_count, tile_rows)
 
@@ -221,10 +221,11 @@ def _expert_outputs(hidden_states: Tensor, w13: Tensor, w2: Tensor, *rest: Any) 
         check_ids(where.places, w13.shape[0])
         where = layout.unsorted_layout(aligned(where.places))
     rows, w13, w2 = aligned(hidden_states), aligned(w13), aligned(w2)
-    gate_up, activated = experts.up_swiglu(rows, where, where.places.shape[1], w13, keep_gate_up, transposed)
+    choice = tuning.choose(where.places.numel(), rows, w13)
+    gate_up, activated = experts.up_swiglu(rows, where, where.places.shape[1], w13, keep_gate_up, transposed, choice)
     if gate_up is None:
         gate_up = activated.new_empty(0, 2 * activated.shape[1])
-    return experts.project(activated, where, w2, 2 if transposed else 1), gate_up
+    return experts.project(activated, where, w2, 2 if transposed else 1, choice), gate_up
 
 
 @_expert_outputs.register_fake

@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from farskip_fused import tuning
 from farskip_fused.errors import UsageError
 from farskip_fused.expert_parallel import Pending
 from farskip_fused.kernels.layout import Layout
 from farskip_fused.kernels.machine import aligned
-from farskip_fused.kernels.tiles import choose_tile_rows
 from farskip_fused.local_experts import (
     DTYPES,
     LocalPending,
+    arrange_entries,
     check_experts,
     check_hidden_states,
     check_ids,
     check_routing,
-    sort_entries,
 )
 from farskip_fused.router import INITIAL_STD, Router
 from farskip_fused.symmetric import SymmetricMemory
@@ -158,7 +158,8 @@ class FusedExperts(nn.Module):
         self._check_input(hidden_states)
         check_routing(hidden_states.shape[0], top_k_index, top_k_weights, self.w13.device, self.top_k)
         if self._slots is None:
-            return self._dispatch_here(hidden_states, sort_entries(top_k_index, self.w13), top_k_weights)
+            where = arrange_entries(hidden_states, top_k_index, self.w13)
+            return self._dispatch_here(hidden_states, where, top_k_weights)
         check_ids(top_k_index, self.num_experts)
         if top_k_index.dtype != torch.int32:
             limits = torch.iinfo(torch.int32)  # beyond them an id out of range would wrap around to a valid one
@@ -243,8 +244,7 @@ class FusedMoE(FusedExperts):
             pending = self.dispatch(flat, *self.gate(flat))
         else:
             self._check_weights()
-            tile_rows = choose_tile_rows(flat.shape[0] * self.top_k, self.num_experts, self.w13.dtype)
-            routing = self.gate.route(flat, tile_rows)
+            routing = self.gate.route(flat, tuning.tile_rows(flat.shape[0] * self.top_k, flat, self.w13))
             assert routing.layout is not None
             pending = self._dispatch_here(flat, routing.layout, routing.weights)
         pending.output_shape = hidden_states.shape

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import hopper, hopper_forward
 from .layout import Layout
-from .tiles import choose_tile, locate_tile, precision
+from .tiles import Choice, choose_tile, locate_tile, precision
 
 
 @triton.jit
@@ -110,24 +110,26 @@ def tile_arguments(layout: Layout) -> tuple[Tensor | None, Tensor, Tensor | None
 
 
 def up_swiglu(
-    rows: Tensor, layout: Layout, top_k: int | None, w13: Tensor, keep_gate_up: bool, transposed: bool = False
-) -> tuple[Tensor | None, Tensor]:
+    rows: Tensor, layout: Layout, top_k: int | None, w13: Tensor, keep_gate_up: bool, transposed: bool = False,
+    choice: Choice | None = None,
+) -> tuple[Tensor | None, Tensor]:  # fmt: skip
     """Up-projection with SwiGLU in the epilogue.
 
     rows: [R, H], gathered by ``layout.order``; or [C, H] in sorted order where ``top_k`` is None.
     w13: [E, 2I, H], gate rows, then up rows; or, ``transposed``, [E, H, 2I].
     Returns the pre-activations [C, 2I] (for backward; None unless ``keep_gate_up``) and silu(gate) * up [C, I], sorted
-    by expert, in the dtype of the rows. Places past the last entry are undefined.
+    by expert, in the dtype of the rows. Places past the last entry are undefined. choice: block sizes that were
+    measured; without, a rule chooses.
     """
     column_dim, depth_dim = (2, 1) if transposed else (1, 2)
     twice_intermediate, hidden = w13.shape[column_dim], w13.shape[depth_dim]
     intermediate = twice_intermediate // 2
     if hopper.usable(rows, layout.tile_rows, hidden, intermediate):
-        return hopper_forward.up_swiglu(rows, layout, top_k, w13, keep_gate_up, transposed)
+        return hopper_forward.up_swiglu(rows, layout, top_k, w13, keep_gate_up, transposed, choice)
     capacity = layout.order.shape[0]
     gate_up = rows.new_empty(capacity, twice_intermediate) if keep_gate_up else None
     activated = rows.new_empty(capacity, intermediate)
-    tile = choose_tile(layout.tile_rows, rows.dtype)
+    tile = choose_tile(layout.tile_rows, rows.dtype, choice and choice.up)
     _up_swiglu[(layout.tiles.shape[0], triton.cdiv(intermediate, tile.columns))](
         rows, *tile_arguments(layout), w13, gate_up, activated,
         HIDDEN=hidden, INTERMEDIATE=intermediate,
@@ -139,7 +141,7 @@ def up_swiglu(
     return gate_up, activated
 
 
-def project(inputs: Tensor, layout: Layout, weight: Tensor, column_dim: int) -> Tensor:
+def project(inputs: Tensor, layout: Layout, weight: Tensor, column_dim: int, choice: Choice | None = None) -> Tensor:
     """Multiply sorted inputs [C, D] by each expert's matrix: [C, N], sorted.
 
     weight: [E, N, D] with ``column_dim`` 1, or [E, D, N] with ``column_dim`` 2, contiguous.
@@ -148,7 +150,7 @@ def project(inputs: Tensor, layout: Layout, weight: Tensor, column_dim: int) -> 
     if hopper.usable(inputs, layout.tile_rows, columns, depth):
         return hopper_forward.project(inputs, layout, weight, column_dim)
     result = inputs.new_empty(inputs.shape[0], columns)
-    tile = choose_tile(layout.tile_rows, inputs.dtype)
+    tile = choose_tile(layout.tile_rows, inputs.dtype, choice and choice.down)
     _project[(layout.tiles.shape[0], triton.cdiv(columns, tile.columns))](
         inputs, *tile_arguments(layout)[1:], weight, result,
         DEPTH_SIZE=depth, COLUMNS=columns,

@@ -14,6 +14,7 @@ from .hopper import (
     new_rows,
 )
 from .layout import Layout
+from .tiles import Choice
 
 if HAS_GLUON:
     from triton.experimental import gluon
@@ -196,13 +197,14 @@ STAGES = 3
 
 
 def up_swiglu(
-    rows: Tensor, layout: Layout, top_k: int | None, w13: Tensor, keep_gate_up: bool, transposed: bool
-) -> tuple[Tensor | None, Tensor]:
+    rows: Tensor, layout: Layout, top_k: int | None, w13: Tensor, keep_gate_up: bool, transposed: bool,
+    choice: Choice | None,
+) -> tuple[Tensor | None, Tensor]:  # fmt: skip
     """See ``experts.up_swiglu``."""
     twice_intermediate, hidden = w13.shape[2 if transposed else 1], w13.shape[1 if transposed else 2]
     intermediate = twice_intermediate // 2
     capacity = layout.order.shape[0]
-    if top_k is not None and intermediate >= SORTED_COPY_FROM:
+    if top_k is not None and (intermediate >= SORTED_COPY_FROM if choice is None else choice.sorted_copy):
         rows, top_k = gather_rows(rows, layout.order, layout.offsets, top_k), None
     activated = new_rows(rows, capacity, intermediate)
     gate_up = new_rows(rows, capacity, twice_intermediate) if keep_gate_up else None

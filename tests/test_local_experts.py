@@ -30,7 +30,7 @@ def random_call(
 
 
 def start(hidden_states, index, weights, w13, w2):
-    return LocalPending(hidden_states, sort_entries(index, w13), weights, w13, w2)
+    return LocalPending(hidden_states, sort_entries(hidden_states, index, w13), weights, w13, w2)
 
 
 def gradients(result, arguments, gradient):
@@ -204,7 +204,7 @@ def test_the_operators_keep_the_contract_of_torch_library():
     # What lies past the last entry is undefined, so the layout is not compared between two runs.
     kinds = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(local_experts._expert_layout, (index, EXPERTS, 32), test_utils=kinds)
-    where = sort_entries(index, w13)
+    where = sort_entries(hidden_states, index, w13)
     plain = [tensor.detach() for tensor in (hidden_states, w13, w2)]
     torch.library.opcheck(local_experts._expert_outputs, (*plain, *where, False, False), test_utils=kinds)
     torch.library.opcheck(local_experts._expert_outputs, (*plain, *where, False, True))
@@ -220,7 +220,7 @@ def test_the_operators_keep_the_contract_of_torch_library():
 
 def test_the_operators_keep_their_contract_for_transposed_weights():
     hidden_states, index, weights, w13, w2 = random_call(transposed=True)
-    where = sort_entries(index, w13)
+    where = sort_entries(hidden_states, index, w13)
     plain = [tensor.detach() for tensor in (hidden_states, w13, w2)]
     values, gate_up = local_experts._expert_outputs(*plain, *where, True, True)
     torch.library.opcheck(
