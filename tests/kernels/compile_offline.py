@@ -29,7 +29,7 @@ if __name__ == "__main__":
     )
     torch.Tensor.is_cuda = True  # type: ignore[misc]
 
-from farskip_fused.kernels import experts, experts_backward, gather_sum, hopper, layout, routing
+from farskip_fused.kernels import experts, experts_backward, gather_sum, hopper, hopper_weight_gradient, layout, routing
 from farskip_fused.kernels.layout import Layout
 
 SHARED_MEMORY_LIMIT = 232448  # bytes a block, compute capability 9.0
@@ -149,8 +149,13 @@ def new_layout(tile_rows: int) -> Layout:
 
 
 def hopper_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
-    forms = [*itertools.product((TOP_K, None), (True, False), (False, True))]
-    return expert_steps(dtype, new_layout(128), forms) if hopper.HAS_GLUON else iter(())
+    if hopper.HAS_GLUON:
+        forms = [*itertools.product((TOP_K, None), (True, False), (False, True))]
+        yield from expert_steps(dtype, new_layout(128), forms)
+        hopper_weight_gradient.SHORT_LAST_STEP = True
+        for name, step in expert_steps(dtype, new_layout(128), []):
+            if name.startswith("gather_left"):
+                yield f"short {name}", step
 
 
 def plain_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
