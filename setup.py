@@ -100,7 +100,7 @@ setup(
         {*find_packages(include=["farskip_fused", "farskip_fused.*"]), *(f"farskip_fused.{room}" for room in ROOMS)}
     ),
     package_dir={f"farskip_fused.{room}": room for room in ROOMS},
-    package_data={"farskip_fused": ["py.typed", "*.pyi"]},
+    package_data={"farskip_fused": ["py.typed", "*.pyi", "tuned.json"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtension},
 )

@@ -15,6 +15,7 @@ from torch import Tensor
 from farskip_fused.bench import timing
 from farskip_fused.bench.peers import Peer, Problem, check
 from farskip_fused.bench.shapes import Shape
+from farskip_fused.moe import FusedExperts
 
 CACHES = 4  # times the L2 cache that the copies of what one token reads must exceed
 LEAST_CALLS = 8
@@ -25,6 +26,19 @@ def copies_needed(shape: Shape, cache_bytes: int) -> int:
     return max(2, -(-CACHES * cache_bytes // shape.weight_bytes(shape.top_k)))
 
 
+def make_copies(shape: Shape, tokens: int) -> list[FusedExperts]:
+    """As many layers on the GPU as are rotated."""
+    from farskip_fused.bench.experts import make_experts
+
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return [make_experts(shape, tokens) for _ in range(copies_needed(shape, cache))]
+
+
+def calls_of(copies: Sequence[FusedExperts]) -> int:
+    """Calls of a graph: each copy as often as the others."""
+    return -(-LEAST_CALLS // len(copies)) * len(copies)
+
+
 def active_experts(index: Tensor) -> int:
     """Experts that get a token."""
     return int(index.unique().numel())
@@ -32,11 +46,10 @@ def active_experts(index: Tensor) -> int:
 
 def measure(name: str, shape: Shape, token_counts: Sequence[int], peers: Mapping[str, Peer]) -> list[dict[str, Any]]:
     """One row for each number of tokens: ours and vLLM, the peer that serves; weights read in TB/s."""
-    from farskip_fused.bench.experts import as_peer, make_experts
+    from farskip_fused.bench.experts import as_peer
 
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    copies = [make_experts(shape, max(token_counts)) for _ in range(copies_needed(shape, cache))]
-    calls = -(-LEAST_CALLS // len(copies)) * len(copies)
+    copies = make_copies(shape, max(token_counts))
+    calls = calls_of(copies)
     rows = []
     for tokens in token_counts:
         problems = [

@@ -58,7 +58,7 @@ def kernels(shape: Shape, problem: Problem, router: Router) -> dict[str, Kernel]
     hidden_states, w13, w2 = problem.hidden_states.detach(), problem.w13.detach(), problem.w2.detach()
     weights, gradient, index = problem.weights.detach(), problem.output_gradient, problem.index
     top_k, product = shape.top_k, 2 * problem.index.numel() * shape.hidden * shape.intermediate
-    layout = sort_entries(index, w13)
+    layout = sort_entries(hidden_states, index, w13)
     gate_up, activated = forward_kernels.up_swiglu(hidden_states, layout, top_k, w13, True)
     assert gate_up is not None
     values = forward_kernels.project(activated, layout, w2, 1)
@@ -73,7 +73,7 @@ def kernels(shape: Shape, problem: Problem, router: Router) -> dict[str, Kernel]
     logits = router.weight.shape[0] * problem.index.shape[0]
     return {
         "router": Kernel(lambda: router(hidden_states), 2 * logits * shape.hidden, rows + size(router.weight)),
-        "layout": Kernel(lambda: sort_entries(index, w13), 0, 3 * size(index)),
+        "layout": Kernel(lambda: sort_entries(hidden_states, index, w13), 0, 3 * size(index)),
         "up + SwiGLU": Kernel(
             lambda: forward_kernels.up_swiglu(hidden_states, layout, top_k, w13, True),
             2 * product, rows + size(w13, gate_up, activated),

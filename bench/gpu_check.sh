@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Build, check and demonstrate on one GPU, in one command; prints a table last.
-#   bench/gpu_check.sh [tests] [demo] [bench]   all three without arguments
+#   bench/gpu_check.sh [tests] [demo] [bench] [sanitize]   the first three without arguments
 # World 1, then 2 and 4 NVSHMEM processing elements side by side under an MPS daemon of its own. Changes no setting of
 # the card. Needs torch with CUDA, Triton, nvshmem4py and a compiler; PYTHON names the interpreter (default python3).
+# sanitize: every family of kernels once under compute-sanitizer's memcheck and racecheck, with the card to itself.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -32,6 +33,22 @@ fi
 wants demo && part demo 580 "$PYTHON" -m farskip_fused.cli demo --output "$OUT/demo" --overwrite &
 wait
 wants bench && part bench 300 "$PYTHON" -m farskip_fused.cli bench experts deepseek-v2-lite qwen3-30b-a3b --json "$OUT/experts.json"
+if wants sanitize; then
+  sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null ||
+    "$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' | xargs -I{} find {}/nvidia -path '*/bin/compute-sanitizer' 2>/dev/null | head -n 1)
+  if [ -z "$sanitizer" ]; then
+    echo "compute-sanitizer is not there: install the CUDA toolkit or pip install 'nvidia-cuda-sanitizer-api==13.0.*' (-cu12 for CUDA 12)" >&2
+    printf '%-8s exit 127\n' sanitize >"$OUT/sanitize.row"; : >"$OUT/sanitize.log"
+  else
+    families="$PYTHON tests/kernels/one_of_each.py"
+    # Compiled before, and with each tensor in an allocation of its own, past whose end nothing may be touched.
+    export TRITON_CACHE_DIR="$OUT/triton" PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    part families 200 $families
+    check="$sanitizer --error-exitcode 9 --target-processes application-only --kernel-name-exclude kns=at6native"
+    part memcheck 400 $check --tool memcheck --leak-check no $families
+    part racecheck 400 $check --tool racecheck $families
+  fi
+fi
 for row in "$OUT"/*.row; do
   name=$(basename "$row" .row)
   if grep -q ' exit ' "$row" || [ "$name" = demo ] || [ "$name" = bench ]; then echo "== $name"; tail -n 40 "$OUT/$name.log"; fi

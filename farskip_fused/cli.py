@@ -195,6 +195,23 @@ def bench_experts(
     write_json(json_file, result)
 
 
+@bench.command("tune")
+def bench_tune(
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Table to write, or to add to.")],
+    shapes: Annotated[
+        list[str] | None, typer.Argument(help="Named shapes or hidden,intermediate,experts,top_k; all by default.")
+    ] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of a call; repeat for several.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Find the fastest block sizes of the expert layer's forward pass on this GPU; FARSKIP_TUNED=FILE applies them."""
+    from farskip_fused.bench import experts, tune
+
+    result = tune.run(shapes or list(experts.SHAPES), tokens or list(experts.DECODE_TOKENS), output)
+    tune.render(result, output)
+    write_json(json_file, result)
+
+
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="A named model such as deepseek-v3, or the path of a config.json.")],

@@ -225,7 +225,7 @@ class _Experts(torch.autograd.Function):
             flight.landed()
             rows, slot = kept, None
         gate_up, activated = experts.up_swiglu(
-            rows, where, exchange.top_k, w13, has_backward, slot, exchange.gemm_programs
+            rows, where, exchange.top_k, w13, has_backward, slot=slot, programs=exchange.gemm_programs
         )
         flight.landed()
         dispatch.wait_rows(round_)  # reports what the GEMM has waited for in vain
@@ -254,7 +254,7 @@ class _Experts(torch.autograd.Function):
         where, top_k, programs = saved.where, exchange.top_k, exchange.gemm_programs
         slot = SlotRows(round_)
         gate_up_gradient, weighted_activation, weight_parts = experts_backward.down_gradient_swiglu(
-            exchange.slots.rows, saved.received.weights, where, saved.w2, saved.gate_up, slot, programs
+            exchange.slots.rows, saved.received.weights, where, saved.w2, saved.gate_up, slot=slot, programs=programs
         )
         flight.landed()
         again = exchange.slots.shape.planes > 1 and ctx.needs_input_grad[1]
@@ -298,7 +298,7 @@ def _return(
     """Multiply sorted inputs by each expert's matrix and bring the rows, or their sums, to the owners of the tokens."""
     programs = exchange.gemm_programs
     if exchange.presummed:
-        values = experts.project(inputs, where, weight, column_dim, programs)
+        values = experts.project(inputs, where, weight, column_dim, programs=programs)
         combine.push_sums(round_, values, where.places, weights, turns)
     else:
         project_to_owner(round_, inputs, where, exchange.top_k, weight, column_dim, programs)

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from farskip_fused import tuning
 from farskip_fused.errors import UsageError
 from farskip_fused.kernels import experts, experts_backward, gather_sum, layout
 from farskip_fused.kernels.layout import Layout
 from farskip_fused.kernels.machine import aligned
-from farskip_fused.kernels.tiles import choose_tile_rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -43,18 +43,30 @@ def fused_experts(
     top_k_weights: [T, K] floating point; the sum is in float32, position 0 first.
     w13: [E, 2I, H], gate rows, then up rows; w2: [E, H, I]; of the hidden states' dtype. With ``transposed`` they are
         [E, H, 2I] and [E, I, H], as Llama-4 and Aria store them, and so are their gradients.
-    Raises UsageError or TypeError for tensors that do not fit together and, on CPU, for ids out of range.
+    Raises UsageError or TypeError for tensors that do not fit together and, on CPU, for ids out of range; on a GPU,
+    which the host does not wait for, the tokens of such ids get NaN, and so do their gradients.
     """
     check_experts(w13, w2, transposed)
     check_hidden_states(hidden_states, w2.shape[2 if transposed else 1], w13)
     check_routing(hidden_states.shape[0], top_k_index, top_k_weights, w13.device)
-    where = sort_entries(top_k_index, w13)
+    where = arrange_entries(hidden_states, top_k_index, w13)
     return LocalPending(hidden_states, where, top_k_weights, w13, w2, transposed=transposed).finish()
 
 
-def sort_entries(top_k_index: Tensor, w13: Tensor) -> Layout:
-    """The entries of ids [T, K] sorted by expert, for the GEMMs with ``w13``."""
-    tile_rows = choose_tile_rows(top_k_index.numel(), w13.shape[0], w13.dtype)
+def arrange_entries(hidden_states: Tensor, top_k_index: Tensor, w13: Tensor) -> Layout:
+    """The entries of ids [T, K] for the GEMMs of hidden states [T, H] with ``w13``.
+
+    Sorted, or, where that costs less and no backward pass can follow, as they are.
+    """
+    tokens, top_k = top_k_index.shape
+    if torch.is_grad_enabled() or not layout.can_stay_unsorted(tokens, top_k, w13.shape[0]):
+        return sort_entries(hidden_states, top_k_index, w13)
+    return layout.unsorted_layout(_wide(top_k_index))
+
+
+def sort_entries(hidden_states: Tensor, top_k_index: Tensor, w13: Tensor) -> Layout:
+    """The entries of ids [T, K] sorted by expert, for the GEMMs of hidden states [T, H] with ``w13``."""
+    tile_rows = tuning.tile_rows(top_k_index.numel(), hidden_states, w13)
     order, places, offsets, tiles, tile_count = _expert_layout(top_k_index, w13.shape[0], tile_rows)
     return Layout(order, places, offsets, tiles, tile_count, tile_rows)
 
@@ -62,7 +74,7 @@ def sort_entries(top_k_index: Tensor, w13: Tensor) -> Layout:
 class LocalPending:
     """A call in flight on one rank: the steps of ``expert_parallel.Pending`` without peers. Trusts its arguments.
 
-    where: the entries sorted by expert, by ``sort_entries`` or by the router that chose them.
+    where: the entries, from ``arrange_entries`` or from the router that chose them.
     main_grads: tensors shaped as ``w13`` and ``w2`` to which backward adds their gradients, instead of returning them.
     """
 
@@ -190,9 +202,12 @@ def check_ids(top_k_index: Tensor, num_experts: int) -> None:
 )
 def _expert_layout(top_k_index: Tensor, num_experts: int, tile_rows: int) -> tuple[Tensor, ...]:
     check_ids(top_k_index, num_experts)
-    if top_k_index.dtype not in (torch.int32, torch.int64):
-        top_k_index = top_k_index.to(torch.int32)
-    return tuple(layout.local_layout(aligned(top_k_index), num_experts, tile_rows)[:5])
+    return tuple(layout.local_layout(aligned(_wide(top_k_index)), num_experts, tile_rows)[:5])
+
+
+def _wide(ids: Tensor) -> Tensor:
+    """In one of the two widths for which kernels are compiled."""
+    return ids if ids.dtype in (torch.int32, torch.int64) else ids.to(torch.int32)
 
 
 @_expert_layout.register_fake
@@ -213,11 +228,15 @@ def _expert_outputs(hidden_states: Tensor, w13: Tensor, w2: Tensor, *rest: Any) 
     """Outputs of the experts before their sum [C, H], and gate and up pre-activations [C, 2I], or [0, 2I]."""
     *parts, transposed, keep_gate_up = rest
     where = Layout(*parts)
+    if not where.is_sorted:
+        check_ids(where.places, w13.shape[0])
+        where = layout.unsorted_layout(aligned(where.places))
     rows, w13, w2 = aligned(hidden_states), aligned(w13), aligned(w2)
-    gate_up, activated = experts.up_swiglu(rows, where, where.places.shape[1], _rows(w13, transposed), keep_gate_up)
+    choice = tuning.choose(where.places.numel(), rows, w13)
+    gate_up, activated = experts.up_swiglu(rows, where, where.places.shape[1], w13, keep_gate_up, transposed, choice)
     if gate_up is None:
         gate_up = activated.new_empty(0, 2 * activated.shape[1])
-    return experts.project(activated, where, w2, 2 if transposed else 1), gate_up
+    return experts.project(activated, where, w2, 2 if transposed else 1, choice), gate_up
 
 
 @_expert_outputs.register_fake
@@ -233,9 +252,10 @@ def _(hidden_states: Tensor, w13: Tensor, w2: Tensor, order: Tensor, *rest: Any)
     mutates_args=(),
     schema=f"(Tensor values, {_SAVED}, Tensor? w13_main_grad, Tensor? w2_main_grad) -> Tensor",
 )
-def _sum_experts(values: Tensor, hidden_states: Tensor, top_k_weights: Tensor, *rest: Any) -> Tensor:
-    _, _, _, _, places, *_ = rest
-    return gather_sum.sum_entries(values, places, aligned(top_k_weights))
+def _sum_experts(values: Tensor, hidden_states: Tensor, top_k_weights: Tensor, w13: Tensor, *rest: Any) -> Tensor:
+    _, _, _, places, _, _, _, tile_rows, *_ = rest
+    unsorted_experts = w13.shape[0] if tile_rows == 1 else 0
+    return gather_sum.sum_entries(values, aligned(places), aligned(top_k_weights), unsorted_experts)
 
 
 @_sum_experts.register_fake
@@ -314,7 +334,7 @@ def _gradients(
     top_k = top_k_weights.shape[1]
     output_gradient, rows, weights = aligned(output_gradient), aligned(hidden_states), aligned(top_k_weights)
     gate_up_gradient, weighted_activation, weight_parts = experts_backward.down_gradient_swiglu(
-        output_gradient, weights, where, _rows(aligned(w2), transposed), gate_up
+        output_gradient, weights, where, aligned(w2), gate_up, transposed
     )
     results = [tensor.new_empty(0) for tensor in (hidden_states, weights, w13, w2)]
     if needed[0]:
@@ -332,8 +352,3 @@ def _gradients(
                 left, right, where, top_k, gather_left, main_grads[index]
             )
     return results
-
-
-def _rows(weight: Tensor, transposed: bool) -> Tensor:
-    """The weight as the kernels read it, [E, 2I, H] or [E, H, I]."""
-    return weight.transpose(1, 2).contiguous() if transposed else weight

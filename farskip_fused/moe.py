@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from farskip_fused import tuning
 from farskip_fused.errors import UsageError
 from farskip_fused.exchange_setup import (
     WARM_UP_TOKENS,
@@ -21,13 +22,12 @@ from farskip_fused.exchange_setup import (
 from farskip_fused.expert_parallel import Exchange, Pending
 from farskip_fused.kernels.layout import Layout
 from farskip_fused.kernels.machine import aligned
-from farskip_fused.kernels.tiles import choose_tile_rows
 from farskip_fused.local_experts import (
     LocalPending,
+    arrange_entries,
     check_experts,
     check_hidden_states,
     check_routing,
-    sort_entries,
 )
 from farskip_fused.router import INITIAL_STD, Router
 from farskip_fused.symmetric import SymmetricMemory
@@ -155,8 +155,8 @@ class FusedExperts(nn.Module):
         """Launch the dispatch of [T, H] to experts [T, K] (-1: not routed) with weights [T, K]; returns at once.
 
         Raises RuntimeError before ``setup``, TypeError for a wrong dtype, UsageError for a wrong shape or device, for
-        more than ``max_tokens`` tokens and, on CPU, for ids out of range. A GPU finds those itself: a later call
-        reports them, and the symmetric memory is then of no further use.
+        more than ``max_tokens`` tokens and, on CPU, for ids out of range. A GPU finds those itself: with ``ep`` None
+        their tokens get NaN, with others a later call reports them, and the symmetric memory is of no further use.
         """
         if not self._is_set_up:
             raise RuntimeError("The layer is not set up; call setup() on every rank before the first forward.")
@@ -164,7 +164,8 @@ class FusedExperts(nn.Module):
         self._check_input(hidden_states)
         check_routing(hidden_states.shape[0], top_k_index, top_k_weights, self.w13.device, self.top_k)
         if self._exchange is None:
-            return self._dispatch_here(hidden_states, sort_entries(top_k_index, self.w13), top_k_weights)
+            where = arrange_entries(hidden_states, top_k_index, self.w13)
+            return self._dispatch_here(hidden_states, where, top_k_weights)
         ids = to_global_ids(top_k_index, self.num_experts)
         return Pending(
             self._exchange, aligned(hidden_states), aligned(ids), aligned(top_k_weights.float()), self.w13, self.w2,
@@ -247,8 +248,7 @@ class FusedMoE(FusedExperts):
             pending = self.dispatch(flat, *self.gate(flat))
         else:
             self._check_weights()
-            tile_rows = choose_tile_rows(flat.shape[0] * self.top_k, self.num_experts, self.w13.dtype)
-            routing = self.gate.route(flat, tile_rows)
+            routing = self.gate.route(flat, tuning.tile_rows(flat.shape[0] * self.top_k, flat, self.w13))
             assert routing.layout is not None
             pending = self._dispatch_here(flat, routing.layout, routing.weights)
         pending.output_shape = hidden_states.shape

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from farskip_fused.errors import UsageError
 from farskip_fused.kernels import routing
-from farskip_fused.kernels.layout import Layout
+from farskip_fused.kernels.layout import Layout, can_stay_unsorted, unsorted_layout
 from farskip_fused.kernels.machine import INTERPRETED, aligned
 
 INITIAL_STD = 0.02
@@ -20,7 +20,7 @@ INITIAL_STD = 0.02
 class Routing(NamedTuple):
     """What a router decided: ids [T, K] int32 by falling choice, weights [T, K] float32, logits [T, E] float32.
 
-    Weights and logits are differentiable. layout: the entries sorted by expert, where it was asked for.
+    Weights and logits are differentiable. layout: the entries for the GEMMs, where it was asked for.
     """
 
     ids: Tensor
@@ -89,11 +89,14 @@ class Router(nn.Module):
             raise UsageError(
                 f"Hidden states {list(hidden_states.shape)} were given; [tokens, {self.weight.shape[1]}] is needed."
             )
+        unsorted = not torch.is_grad_enabled() and can_stay_unsorted(len(hidden_states), self.top_k, len(self.weight))
         ids, weights, logits, order, places, offsets, tiles, tile_count = _route(
             hidden_states, self.weight, self.e_score_correction_bias, self.top_k, self.scoring == "sigmoid",
-            self.normalize_top_k, self.routed_scaling, self.num_groups, self.top_k_groups, tile_rows,
+            self.normalize_top_k, self.routed_scaling, self.num_groups, self.top_k_groups, 0 if unsorted else tile_rows,
         )  # fmt: skip
         layout = Layout(order, places, offsets, tiles, tile_count, tile_rows) if tile_rows else None
+        if unsorted and tile_rows:
+            layout = unsorted_layout(ids)
         result = Routing(ids, weights, logits, layout)
         # Activation checkpointing calls a router again, in its backward pass, for what is recorded already.
         if self._record is not None and torch._C._current_graph_task_id() == -1:

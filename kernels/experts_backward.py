@@ -25,7 +25,8 @@ from .tiles import Tile, choose_tile, locate_tile, precision
 def _down_gradient_swiglu(
     output_gradient, ticket, weights, order, tiles, tile_count, w2, gate_up,
     gate_up_gradient, weighted_activation, weight_gradient_parts,
-    HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, TOP_K: tl.constexpr, COLUMN_TILES: tl.constexpr,
+    HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, COLUMN_STRIDE: tl.constexpr, DEPTH_STRIDE: tl.constexpr,
+    TOP_K: tl.constexpr, COLUMN_TILES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     exists, expert, start, end = locate_tile(tiles, tile_count, tl.program_id(0), BLOCK_ROWS)
@@ -38,9 +39,10 @@ def _down_gradient_swiglu(
             row += tl.load(ticket + TICKET_FIRST_ROW)
         column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
         column_valid = column < INTERMEDIATE
+        matrix = w2 + expert * (HIDDEN * INTERMEDIATE) + column.to(tl.int64) * COLUMN_STRIDE
         through_down = multiply_rows(
-            output_gradient, row, in_range, w2 + expert * (HIDDEN * INTERMEDIATE) + column, column_valid,
-            HIDDEN, HIDDEN, INTERMEDIATE, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, PRECISION,
+            output_gradient, row, in_range, matrix, column_valid,
+            HIDDEN, HIDDEN, DEPTH_STRIDE, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, PRECISION,
         )  # fmt: skip
         mask = in_range[:, None] & column_valid[None, :]
         saved = at[:, None] * (2 * INTERMEDIATE) + column[None, :]
@@ -112,21 +114,26 @@ def down_gradient_swiglu(
     layout: Layout,
     w2: Tensor,
     gate_up: Tensor,
+    transposed: bool = False,
     slot: SlotRows | None = None,
     programs: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient through the down-projection and SwiGLU.
 
-    output_gradient: [R, H], by row of the forward pass; weights: [R, K] float32; w2: [E, H, I]; gate_up: [C, 2I].
+    output_gradient: [R, H], by row of the forward pass; weights: [R, K] float32; w2: [E, H, I] or, ``transposed``,
+    [E, I, H]; gate_up: [C, 2I].
     slot, programs: as for ``experts.up_swiglu``, for ``output_gradient``.
     Returns the gradient of gate_up [C, 2I], the activation times its router weight [C, I] (for the gradient of w2),
     and the parts [C, P] float32 whose sum over P is the gradient of the entry's router weight.
     """
-    _, hidden, intermediate = w2.shape
+    column_dim, depth_dim = (1, 2) if transposed else (2, 1)
+    hidden, intermediate = w2.shape[depth_dim], w2.shape[column_dim]
     if slot is not None and slot.round_.puts is not None:
         slot = slot.wait()  # puts raise no flags of single rows
     if hopper.usable(output_gradient, layout.tile_rows, hidden, intermediate):
-        return hopper_down_gradient.down_gradient_swiglu(output_gradient, weights, layout, w2, gate_up, slot, programs)
+        return hopper_down_gradient.down_gradient_swiglu(
+            output_gradient, weights, layout, w2, gate_up, transposed, slot, programs
+        )
     if slot is not None:
         slot.wait()
     tile = down_gradient_tile(layout.tile_rows, gate_up.dtype)
@@ -137,7 +144,9 @@ def down_gradient_swiglu(
     _down_gradient_swiglu[(layout.tiles.shape[0], column_tiles)](
         output_gradient, None if slot is None else slot.round_.ticket, weights, layout.order, layout.tiles,
         layout.tile_count, w2, gate_up, gate_up_gradient, weighted_activation, parts,
-        HIDDEN=hidden, INTERMEDIATE=intermediate, TOP_K=weights.shape[1], COLUMN_TILES=column_tiles,
+        HIDDEN=hidden, INTERMEDIATE=intermediate,
+        COLUMN_STRIDE=w2.stride(column_dim), DEPTH_STRIDE=w2.stride(depth_dim),
+        TOP_K=weights.shape[1], COLUMN_TILES=column_tiles,
         BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth, PRECISION=precision(gate_up.dtype),
         **tile.launch,
     )  # fmt: skip

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .layout import OUT_OF_RANGE
 from .machine import INTERPRETED, padded
 from .protocol import TICKET_FIRST_ROW, SlotRows, is_alive
 
@@ -20,7 +21,7 @@ from .protocol import TICKET_FIRST_ROW, SlotRows, is_alive
 @triton.jit(do_not_specialize=["tokens"])
 def _sum_entries(
     values, places, weights, result, tokens,
-    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr,
+    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, UNSORTED_EXPERTS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
@@ -30,11 +31,13 @@ def _sum_entries(
     total = tl.zeros((BLOCK_TOKENS, BLOCK_HIDDEN), tl.float32)
     for k in tl.static_range(TOP_K):
         place = tl.load(places + token * TOP_K + k, mask=in_range, other=-1).to(tl.int64)
+        if UNSORTED_EXPERTS > 0:
+            place = tl.where(place < UNSORTED_EXPERTS, tl.where(place < 0, place, token * TOP_K + k), OUT_OF_RANGE)
         mask = (place >= 0)[:, None] & column_valid[None, :]
         value = tl.load(values + place[:, None] * HIDDEN + column[None, :], mask=mask, other=0.0).to(tl.float32)
         if WEIGHTED:
             value *= tl.load(weights + token * TOP_K + k, mask=place >= 0, other=0.0)[:, None]
-        total += value
+        total += tl.where((place <= OUT_OF_RANGE)[:, None], float("nan"), value)
     mask = in_range[:, None] & column_valid[None, :]
     tl.store(result + token[:, None] * HIDDEN + column[None, :], total.to(result.dtype.element_ty), mask=mask)
 
@@ -48,7 +51,8 @@ def _sum_parts(
     part = tl.arange(0, PARTS_PADDED)
     mask = (place >= 0)[:, None] & (part < PARTS)[None, :]
     value = tl.load(parts + place[:, None] * PARTS + part[None, :], mask=mask, other=0.0)
-    tl.store(result + entry, tl.sum(value, axis=1), mask=entry < entries)
+    total = tl.where(place == OUT_OF_RANGE, float("nan"), tl.sum(value, axis=1))
+    tl.store(result + entry, total, mask=entry < entries)
 
 
 @triton.jit
@@ -131,10 +135,11 @@ def gather_weighted_rows(
     return result, products
 
 
-def sum_entries(values: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:
+def sum_entries(values: Tensor, places: Tensor, weights: Tensor | None, unsorted_experts: int = 0) -> Tensor:
     """Sum the rows of each token's entries: [T, H] from ``values`` [C, H].
 
-    places: [T, K] int32 rows of ``values``, -1 for none. weights: [T, K] float32, or None for a plain sum.
+    places: [T, K] int32 rows of ``values``, -1 for none, -2 for NaN. weights: [T, K] float32, or None for a plain sum.
+    unsorted_experts: E, where ``places`` are the ids of unsorted entries (``layout.unsorted_layout``).
     """
     tokens, top_k = places.shape
     hidden = values.shape[1]
@@ -145,14 +150,14 @@ def sum_entries(values: Tensor, places: Tensor, weights: Tensor | None) -> Tenso
     grid = (max(triton.cdiv(tokens, block_tokens), 1), triton.cdiv(hidden, block_hidden))
     _sum_entries[grid](
         values, places, weights, result, tokens,
-        HIDDEN=hidden, TOP_K=top_k, WEIGHTED=weights is not None,
+        HIDDEN=hidden, TOP_K=top_k, WEIGHTED=weights is not None, UNSORTED_EXPERTS=unsorted_experts,
         BLOCK_TOKENS=block_tokens, BLOCK_HIDDEN=block_hidden, num_warps=4,
     )  # fmt: skip
     return result
 
 
 def sum_parts(parts: Tensor, places: Tensor) -> Tensor:
-    """Sum ``parts`` [C, P] float32 over P for each entry: [T, K] float32, zero where an entry has no place."""
+    """Sum ``parts`` [C, P] float32 over P for each entry: [T, K] float32, zero for place -1, NaN for place -2."""
     result = torch.empty(places.shape, dtype=torch.float32, device=parts.device)
     entries = places.numel()
     block = 1024 if INTERPRETED else 128

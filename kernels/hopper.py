@@ -201,6 +201,7 @@ if HAS_GLUON:
 
         PAIRED: gate and up columns share the tile, half and half. TRANSPOSED: the weight is [E, depth, columns].
         IN_SLOT: gathered rows lie in the dispatch slot of ``ticket``. AWAITED: they may not be there yet.
+        b_stages: [STAGES, 256, 64], transposed [STAGES, 64, 256], or both: [2 * STAGES, 64, 128], halves of a stage.
         """
         total = gl.load(tile_count) * COLUMN_TILES
         stage = 0
@@ -234,20 +235,25 @@ if HAS_GLUON:
             x_row = start
             for k in range(0, DEPTH_SIZE, _DEPTH):
                 bar = full.index(stage)
-                b = b_stages.index(stage)
                 mbarrier.wait(empty.index(stage), phase)
                 mbarrier.expect(bar, BYTES)
                 if TOP_K > 0:
                     gather_box(a_stages.index(stage), pointers)
                     async_copy.commit_group()
                     pointers += _DEPTH
-                if PAIRED:
-                    load_box(weight_desc, [weight_row + column, k], bar, b.slice(0, STEP, dim=0))
-                    load_box(weight_desc, [weight_row + column + COLUMNS, k], bar, b.slice(STEP, STEP, dim=0))
+                if PAIRED and TRANSPOSED:
+                    at = weight_row + k
+                    load_box(weight_desc, [at, column], bar, b_stages.index(2 * stage))
+                    load_box(weight_desc, [at, column + COLUMNS], bar, b_stages.index(2 * stage + 1))
+                elif PAIRED:
+                    at = weight_row + column
+                    b = b_stages.index(stage)
+                    load_box(weight_desc, [at, k], bar, b.slice(0, STEP, dim=0))
+                    load_box(weight_desc, [at + COLUMNS, k], bar, b.slice(STEP, STEP, dim=0))
                 elif TRANSPOSED:
-                    load_box(weight_desc, [weight_row + k, column], bar, b)
+                    load_box(weight_desc, [weight_row + k, column], bar, b_stages.index(stage))
                 else:
-                    load_box(weight_desc, [weight_row + column, k], bar, b)
+                    load_box(weight_desc, [weight_row + column, k], bar, b_stages.index(stage))
                 if TOP_K > 0:
                     announce_gathered(full, stage, (k > 0) | (tile != gl.program_id(0)), 1, STAGES)
                 else:

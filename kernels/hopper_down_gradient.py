@@ -45,7 +45,8 @@ if HAS_GLUON:
     @gluon.jit
     def _consume_down_gradient(
         tiles, tile_count, a_stages, b_stages, full, empty, buffers, staged, taken,
-        WARPGROUP: gl.constexpr, HIDDEN: gl.constexpr, COLUMN_TILES: gl.constexpr, STAGES: gl.constexpr,
+        WARPGROUP: gl.constexpr, HIDDEN: gl.constexpr, COLUMN_TILES: gl.constexpr, TRANSPOSED: gl.constexpr,
+        STAGES: gl.constexpr,
     ):  # fmt: skip
         total = gl.load(tile_count) * COLUMN_TILES
         stage = 0
@@ -55,7 +56,7 @@ if HAS_GLUON:
             _, start, end, _ = place(tiles, tile, COLUMN_TILES)
             alive = start + WARPGROUP * _HALF < end
             product, stage, phase = multiply(
-                a_stages, b_stages, full, empty, stage, phase, alive, WARPGROUP, HIDDEN, True, STAGES
+                a_stages, b_stages, full, empty, stage, phase, alive, WARPGROUP, HIDDEN, not TRANSPOSED, STAGES
             )
             if alive:
                 mbarrier.wait(taken.index(WARPGROUP), taken_phase)
@@ -77,7 +78,7 @@ if HAS_GLUON:
     def _differentiate_swiglu(
         weights, order, tiles, tile_count, buffers, row_weights, ring, ready, staged, taken, gate_up_desc,
         gradient, weighted, parts,
-        INTERMEDIATE: gl.constexpr, COLUMN_TILES: gl.constexpr,
+        INTERMEDIATE: gl.constexpr, COLUMN_TILES: gl.constexpr, TRANSPOSED: gl.constexpr,
     ):  # fmt: skip
         """The epilogue's warps: gradients of gate and up, the weighted activation, the router weight's gradient."""
         total = gl.load(tile_count) * COLUMN_TILES
@@ -115,6 +116,9 @@ if HAS_GLUON:
                         phase_1 = gl.where(consumer == 0, phase_1, phase_1 ^ 1)
                     piece = pieces.index(consumer * 8 + step % 4 * 2 + step // 4 % 2).reshape([_PIECE, _CHUNK])
                     through_down = piece.load(EPILOGUE).to(gl.float32)
+                    if TRANSPOSED and INTERMEDIATE % _TILE_COLUMNS != 0:
+                        # Past the last column a box holds the next expert's rows, not the zeros that TMA fills in.
+                        through_down = gl.where(column < INTERMEDIATE, through_down, 0.0)
                     weight = row_weights.index(step // 4).load(ROWS).expand_dims(1)
                     if step % 8 == 7:
                         mbarrier.arrive(taken.index(consumer), count=1)
@@ -142,13 +146,16 @@ if HAS_GLUON:
     def down_gradient_kernel(
         context, ticket, output_gradient, output_gradient_desc, weights, order, tiles, tile_count, w2_desc,
         gate_up_desc, gradient, weighted, parts,
-        HIDDEN: gl.constexpr, INTERMEDIATE: gl.constexpr, TOP_K: gl.constexpr,
+        HIDDEN: gl.constexpr, INTERMEDIATE: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSED: gl.constexpr,
         IN_SLOT: gl.constexpr, AWAITED: gl.constexpr, STAGES: gl.constexpr,
     ):  # fmt: skip
         COLUMN_TILES: gl.constexpr = (INTERMEDIATE + _TILE_COLUMNS - 1) // _TILE_COLUMNS
         dtype: gl.constexpr = w2_desc.dtype
         a_stages = gl.allocate_shared_memory(dtype, [STAGES, _TILE_ROWS, _DEPTH], OPERAND)
-        b_stages = gl.allocate_shared_memory(dtype, [STAGES, _DEPTH, _TILE_COLUMNS], OPERAND)
+        if TRANSPOSED:
+            b_stages = gl.allocate_shared_memory(dtype, [STAGES, _TILE_COLUMNS, _DEPTH], OPERAND)
+        else:
+            b_stages = gl.allocate_shared_memory(dtype, [STAGES, _DEPTH, _TILE_COLUMNS], OPERAND)
         buffers = gl.allocate_shared_memory(dtype, [8, 1, _HALF, _CHUNK], STAGED)
         ring = gl.allocate_shared_memory(dtype, [2 * _PIECES_AHEAD, _PIECE, _CHUNK], OPERAND)
         ready = new_barriers(_PIECES_AHEAD, 1)
@@ -161,17 +168,17 @@ if HAS_GLUON:
         gl.warp_specialize([
             (_consume_down_gradient, (
                 tiles, tile_count, a_stages, b_stages, full, empty, buffers, staged, taken,
-                0, HIDDEN, COLUMN_TILES, STAGES)),
+                0, HIDDEN, COLUMN_TILES, TRANSPOSED, STAGES)),
             (_consume_down_gradient, (
                 tiles, tile_count, a_stages, b_stages, full, empty, buffers, staged, taken,
-                1, HIDDEN, COLUMN_TILES, STAGES)),
+                1, HIDDEN, COLUMN_TILES, TRANSPOSED, STAGES)),
             (load_tiles, (
                 context, ticket, output_gradient, output_gradient_desc, order, tiles, tile_count, w2_desc,
-                a_stages, b_stages, full, empty, HIDDEN, INTERMEDIATE, COLUMN_TILES, TOP_K, False, True,
+                a_stages, b_stages, full, empty, HIDDEN, INTERMEDIATE, COLUMN_TILES, TOP_K, False, not TRANSPOSED,
                 IN_SLOT, AWAITED, STAGES)),
             (_differentiate_swiglu, (
                 weights, order, tiles, tile_count, buffers, row_weights, ring, ready, staged, taken, gate_up_desc,
-                gradient, weighted, parts, INTERMEDIATE, COLUMN_TILES)),
+                gradient, weighted, parts, INTERMEDIATE, COLUMN_TILES, TRANSPOSED)),
         ], [4, 2, 2], [160, 184, 184])  # fmt: skip
 
 
@@ -181,11 +188,12 @@ def down_gradient_swiglu(
     layout: Layout,
     w2: Tensor,
     gate_up: Tensor,
+    transposed: bool,
     slot: SlotRows | None,
     programs: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``experts_backward.down_gradient_swiglu``."""
-    _, hidden, intermediate = w2.shape
+    hidden, intermediate = w2.shape[2 if transposed else 1], w2.shape[1 if transposed else 2]
     capacity = gate_up.shape[0]
     top_k = weights.shape[1]
     if intermediate >= SORTED_COPY_FROM:
@@ -196,9 +204,10 @@ def down_gradient_swiglu(
     parts = torch.empty(capacity, column_tiles, dtype=torch.float32, device=gate_up.device)
     down_gradient_kernel[(programs or multiprocessors(gate_up.device),)](
         *slot_arguments(slot, layout), output_gradient, matrix(output_gradient, TILE_ROWS, DEPTH), weights,
-        layout.order, layout.tiles, layout.tile_count, matrix(w2, DEPTH, TILE_COLUMNS),
+        layout.order, layout.tiles, layout.tile_count,
+        matrix(w2, *((TILE_COLUMNS, DEPTH) if transposed else (DEPTH, TILE_COLUMNS))),
         matrix(gate_up, 32, CHUNK), gate_up_gradient, weighted_activation, parts,
-        HIDDEN=hidden, INTERMEDIATE=intermediate, TOP_K=top_k, IN_SLOT=slot is not None,
+        HIDDEN=hidden, INTERMEDIATE=intermediate, TOP_K=top_k, TRANSPOSED=transposed, IN_SLOT=slot is not None,
         AWAITED=slot is not None and not slot.arrived, STAGES=3, num_warps=4,
     )  # fmt: skip
     return gate_up_gradient, weighted_activation, parts

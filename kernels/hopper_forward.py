@@ -16,6 +16,7 @@ from .hopper import (
 )
 from .layout import Layout
 from .protocol import SlotRows
+from .tiles import Choice
 
 if HAS_GLUON:
     from triton.experimental import gluon
@@ -48,7 +49,7 @@ if HAS_GLUON:
     def _consume_up(
         tiles, tile_count, a_stages, b_stages, full, empty, buffers, staged, taken, gate_up_desc,
         WARPGROUP: gl.constexpr, HIDDEN: gl.constexpr, INTERMEDIATE: gl.constexpr, COLUMN_TILES: gl.constexpr,
-        KEEP: gl.constexpr, STAGES: gl.constexpr,
+        TRANSPOSED: gl.constexpr, KEEP: gl.constexpr, STAGES: gl.constexpr,
     ):  # fmt: skip
         total = gl.load(tile_count) * COLUMN_TILES
         stage = 0
@@ -59,7 +60,7 @@ if HAS_GLUON:
             row = start + WARPGROUP * _HALF
             valid = gl.minimum(end - row, _HALF)
             product, stage, phase = multiply(
-                a_stages, b_stages, full, empty, stage, phase, valid > 0, WARPGROUP, HIDDEN, False, STAGES
+                a_stages, b_stages, full, empty, stage, phase, valid > 0, WARPGROUP, HIDDEN, TRANSPOSED, STAGES
             )
             if valid > 0:
                 mbarrier.wait(taken.index(WARPGROUP), taken_phase)
@@ -114,13 +115,19 @@ if HAS_GLUON:
     @gluon.jit
     def up_swiglu_kernel(
         context, ticket, rows, rows_desc, order, tiles, tile_count, w13_desc, gate_up_desc, activated,
-        HIDDEN: gl.constexpr, INTERMEDIATE: gl.constexpr, TOP_K: gl.constexpr, KEEP: gl.constexpr,
-        IN_SLOT: gl.constexpr, AWAITED: gl.constexpr, STAGES: gl.constexpr,
+        HIDDEN: gl.constexpr, INTERMEDIATE: gl.constexpr, TOP_K: gl.constexpr, TRANSPOSED: gl.constexpr,
+        KEEP: gl.constexpr, IN_SLOT: gl.constexpr, AWAITED: gl.constexpr, STAGES: gl.constexpr,
     ):  # fmt: skip
         COLUMN_TILES: gl.constexpr = (INTERMEDIATE + _TILE_COLUMNS // 2 - 1) // (_TILE_COLUMNS // 2)
         dtype: gl.constexpr = w13_desc.dtype
         a_stages = gl.allocate_shared_memory(dtype, [STAGES, _TILE_ROWS, _DEPTH], OPERAND)
-        b_stages = gl.allocate_shared_memory(dtype, [STAGES, _TILE_COLUMNS, _DEPTH], OPERAND)
+        if TRANSPOSED:
+            # A row of 256 columns lies as four of 64: those of the gate fill the first two, those of up the others.
+            b_stages = gl.allocate_shared_memory(dtype, [STAGES, _DEPTH, _TILE_COLUMNS], OPERAND)
+            b_boxes = reinterpret(b_stages, [2 * STAGES, _DEPTH, _TILE_COLUMNS // 2], OPERAND)
+        else:
+            b_stages = gl.allocate_shared_memory(dtype, [STAGES, _TILE_COLUMNS, _DEPTH], OPERAND)
+            b_boxes = b_stages
         buffers = gl.allocate_shared_memory(dtype, [8, 1, _HALF, _CHUNK], STAGED)
         full = new_barriers(STAGES, 2 if TOP_K > 0 else 1)
         empty = new_barriers(STAGES, 2)
@@ -129,11 +136,11 @@ if HAS_GLUON:
         fence_async_shared()
         gl.warp_specialize([
             (_consume_up, (tiles, tile_count, a_stages, b_stages, full, empty, buffers, staged, taken, gate_up_desc,
-                           0, HIDDEN, INTERMEDIATE, COLUMN_TILES, KEEP, STAGES)),
+                           0, HIDDEN, INTERMEDIATE, COLUMN_TILES, TRANSPOSED, KEEP, STAGES)),
             (_consume_up, (tiles, tile_count, a_stages, b_stages, full, empty, buffers, staged, taken, gate_up_desc,
-                           1, HIDDEN, INTERMEDIATE, COLUMN_TILES, KEEP, STAGES)),
-            (load_tiles, (context, ticket, rows, rows_desc, order, tiles, tile_count, w13_desc, a_stages, b_stages,
-                          full, empty, HIDDEN, INTERMEDIATE, COLUMN_TILES, TOP_K, True, False, IN_SLOT, AWAITED,
+                           1, HIDDEN, INTERMEDIATE, COLUMN_TILES, TRANSPOSED, KEEP, STAGES)),
+            (load_tiles, (context, ticket, rows, rows_desc, order, tiles, tile_count, w13_desc, a_stages, b_boxes,
+                          full, empty, HIDDEN, INTERMEDIATE, COLUMN_TILES, TOP_K, True, TRANSPOSED, IN_SLOT, AWAITED,
                           STAGES)),
             (_activate, (tiles, tile_count, buffers, staged, taken, activated, INTERMEDIATE, COLUMN_TILES)),
         ], [4, 2, 2], [184, 136, 136])  # fmt: skip
@@ -198,23 +205,25 @@ def up_swiglu(
     top_k: int | None,
     w13: Tensor,
     keep_gate_up: bool,
+    transposed: bool,
+    choice: Choice | None,
     slot: SlotRows | None,
     programs: int | None,
 ) -> tuple[Tensor | None, Tensor]:
     """See ``experts.up_swiglu``."""
-    _, twice_intermediate, hidden = w13.shape
+    twice_intermediate, hidden = w13.shape[2 if transposed else 1], w13.shape[1 if transposed else 2]
     intermediate = twice_intermediate // 2
     capacity = layout.order.shape[0]
-    if top_k is not None and intermediate >= SORTED_COPY_FROM:
+    if top_k is not None and (intermediate >= SORTED_COPY_FROM if choice is None else choice.sorted_copy):
         rows, top_k, slot = gather_rows(rows, layout.order, layout.offsets, top_k, slot), None, None
     activated = new_rows(rows, capacity, intermediate)
     gate_up = new_rows(rows, capacity, twice_intermediate) if keep_gate_up else None
+    block = (DEPTH, TILE_COLUMNS // 2) if transposed else (TILE_COLUMNS // 2, DEPTH)
     up_swiglu_kernel[(programs or multiprocessors(rows.device),)](
         *slot_arguments(slot, layout), rows, matrix(rows, TILE_ROWS, DEPTH), layout.order, layout.tiles,
-        layout.tile_count, matrix(w13, TILE_COLUMNS // 2, DEPTH),
-        clipped(activated if gate_up is None else gate_up), activated,
-        HIDDEN=hidden, INTERMEDIATE=intermediate, TOP_K=top_k or 0, KEEP=keep_gate_up, IN_SLOT=slot is not None,
-        AWAITED=slot is not None and not slot.arrived, STAGES=STAGES, num_warps=4,
+        layout.tile_count, matrix(w13, *block), clipped(activated if gate_up is None else gate_up), activated,
+        HIDDEN=hidden, INTERMEDIATE=intermediate, TOP_K=top_k or 0, TRANSPOSED=transposed, KEEP=keep_gate_up,
+        IN_SLOT=slot is not None, AWAITED=slot is not None and not slot.arrived, STAGES=STAGES, num_warps=4,
     )  # fmt: skip
     return gate_up, activated
 

@@ -26,6 +26,7 @@ SINGLE_PROGRAM_ENTRIES = 2048
 MAXIMUM_BLOCKS = 128
 SMALLEST_CHUNK = 256  # no fewer than a program's threads
 LARGEST_CHUNK = 1024
+OUT_OF_RANGE = tl.constexpr(-2)  # a place
 
 
 class Layout(NamedTuple):
@@ -33,10 +34,12 @@ class Layout(NamedTuple):
 
     An entry is a (row, top-k position) pair whose expert is local, numbered row * K + position. C is the capacity.
     order: [C] int32 entries by expert, then by number; undefined past the last.
-    places: [R, K] int32 where each entry stands in ``order``, -1 where it is not routed to a local expert.
+    places: [R, K] int32 where each entry stands in ``order``, -1 where it is not routed to a local expert, -2 where its
+        id is out of range: what is summed over such an entry is NaN.
     offsets: [E + 1] int32 first place of each expert; the last is the number of entries.
     tiles: [M, 4] int32, for each row tile its expert, that expert's first tile, first place and end; undefined past
     ``tile_count`` [1] int32. tile_rows: rows of a tile.
+    Unsorted entries have one tile each, of one row, and their ids for all of these; see ``unsorted_layout``.
     """
 
     order: Tensor
@@ -46,12 +49,16 @@ class Layout(NamedTuple):
     tile_count: Tensor
     tile_rows: int
 
+    @property
+    def is_sorted(self) -> bool:
+        return self.tile_rows > 1
+
 
 @triton.jit
 def _load_experts(experts, entry, end, NUM_EXPERTS: tl.constexpr):
-    """Expert of each entry before ``end``; -1 for ids out of range."""
+    """Expert of each entry before ``end``; -1 for none, -2 for ids out of range."""
     expert = tl.load(experts + entry, mask=entry < end, other=-1)
-    return tl.where((expert >= 0) & (expert < NUM_EXPERTS), expert, -1).to(tl.int32)
+    return tl.where((expert >= -1) & (expert < NUM_EXPERTS), expert, OUT_OF_RANGE).to(tl.int32)
 
 
 @triton.jit
@@ -101,14 +108,15 @@ def place_entries(
     for chunk in range(first, end, CHUNK):
         expert = _load_experts(experts, chunk + lane, routed_end, NUM_EXPERTS)
         # Expert and lane in one integer: its order is the stable one.
-        key = tl.sort(tl.where(expert >= 0, expert, EXPERTS_PADDED) * CHUNK + lane)
+        key = tl.sort(tl.where(expert >= 0, expert, EXPERTS_PADDED - 1 - expert) * CHUNK + lane)
         expert, entry = key // CHUNK, chunk + key % CHUNK
         routed = expert < EXPERTS_PADDED
+        none = EXPERTS_PADDED - 1 - expert
         expert = tl.where(routed, expert, 0)
         counts = tl.histogram(expert, EXPERTS_PADDED, mask=routed)
         place = tl.gather(starts - (tl.cumsum(counts) - counts), expert, 0) + lane
         tl.store(order + place, entry, mask=routed)
-        tl.store(places + entry, tl.where(routed, place, -1), mask=entry < end)
+        tl.store(places + entry, tl.where(routed, place, none), mask=entry < end)
         starts += counts
 
 
@@ -178,7 +186,7 @@ def sort_received(
 def local_layout(experts: Tensor, num_experts: int, tile_rows: int, one_variant: bool = False) -> Layout:
     """Sort the entries of this rank's own tokens.
 
-    experts: [T, K] integers; ids that are no expert (-1 and all others outside [0, E)) are not routed.
+    experts: [T, K] integers; -1 is not routed, and neither are ids out of range, which ``places`` tells apart.
     one_variant: compile the same kernels for every number of tokens; loading another one while a kernel waits for a
     peer would deadlock.
     """
@@ -193,6 +201,20 @@ def local_layout(experts: Tensor, num_experts: int, tile_rows: int, one_variant:
         experts, block_counts, entries, block_entries, **entry_sizes(num_experts), CHUNK=LARGEST_CHUNK, num_warps=8
     )
     return sort_counted(experts, block_counts, block_entries, tile_rows)
+
+
+def unsorted_layout(experts: Tensor) -> Layout:
+    """Each entry of ids ``experts`` [T, K] in its own place and in a row tile of its own; nothing is launched.
+
+    For the forward GEMMs alone. Two entries of one expert read its weights twice: for few entries.
+    """
+    flat = experts.flatten()
+    return Layout(flat, experts, flat, flat, flat, 1)
+
+
+def can_stay_unsorted(tokens: int, top_k: int, num_experts: int) -> bool:
+    """Whether so few entries that hardly two share an expert; those of one token never do."""
+    return tokens == 1 or 0 < 4 * tokens * top_k <= num_experts
 
 
 def sort_counted(experts: Tensor, block_counts: Tensor, block_entries: int, tile_rows: int) -> Layout:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from triton.runtime.jit import KernelInterface
 
 import farskip_fused as ff
 from farskip_fused import local_experts, reference
@@ -12,22 +13,24 @@ DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" 
 TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 20, 48, 40, 8, 3
 
 
-def random_call(tokens=TOKENS, dtype=torch.float32, transposed=False, hidden=HIDDEN, intermediate=INTERMEDIATE):
+def random_call(
+    tokens=TOKENS, dtype=torch.float32, transposed=False, hidden=HIDDEN, intermediate=INTERMEDIATE, num_experts=EXPERTS
+):
     """Arguments of fused_experts; every floating-point one needs a gradient."""
     options = {"device": DEVICE, "dtype": dtype}
-    w13 = torch.randn(EXPERTS, 2 * intermediate, hidden, **options) / hidden**0.5
-    w2 = torch.randn(EXPERTS, hidden, intermediate, **options) / intermediate**0.5
+    w13 = torch.randn(num_experts, 2 * intermediate, hidden, **options) / hidden**0.5
+    w2 = torch.randn(num_experts, hidden, intermediate, **options) / intermediate**0.5
     if transposed:
         w13, w2 = w13.transpose(1, 2).contiguous(), w2.transpose(1, 2).contiguous()
     hidden_states = torch.randn(tokens, hidden, **options)
     weights = torch.rand(tokens, TOP_K, device=DEVICE) + 0.1
-    index = torch.rand(tokens, EXPERTS, device=DEVICE).argsort(dim=-1)[:, :TOP_K]
+    index = torch.rand(tokens, num_experts, device=DEVICE).argsort(dim=-1)[:, :TOP_K]
     floating = [tensor.requires_grad_() for tensor in (hidden_states, weights, w13, w2)]
     return floating[0], index, *floating[1:]
 
 
 def start(hidden_states, index, weights, w13, w2):
-    return LocalPending(hidden_states, sort_entries(index, w13), weights, w13, w2)
+    return LocalPending(hidden_states, sort_entries(hidden_states, index, w13), weights, w13, w2)
 
 
 def gradients(result, arguments, gradient):
@@ -84,6 +87,53 @@ def test_unaligned_and_strided_activations_are_ordinary():
     assert torch.equal(ff.fused_experts(hidden_states[1:], index[1:], weights[1:], w13, w2), whole[1:])
     wide = torch.cat([hidden_states, hidden_states], dim=1)[:, :50]
     assert torch.equal(ff.fused_experts(wide, index, weights, w13, w2), whole)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels that were launched."""
+    names = []
+    launch = KernelInterface.__getitem__
+    monkeypatch.setattr(
+        KernelInterface, "__getitem__", lambda kernel, grid: names.append(kernel.fn.__name__) or launch(kernel, grid)
+    )
+    return names
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "transposed"])
+@pytest.mark.parametrize(("tokens", "num_experts"), [(1, 8), (2, 32), (8, 96)])
+def test_few_entries_are_not_sorted_without_a_backward_pass(tokens, num_experts, transposed, launches):
+    hidden_states, _, weights, w13, w2 = random_call(tokens, torch.float16, transposed, num_experts=num_experts)
+    index = torch.randint(num_experts, (tokens, TOP_K), device=DEVICE)  # an expert may come twice
+    index[0, 1] = -1
+    arguments = hidden_states, index, weights, w13, w2
+    with torch.no_grad():
+        result = ff.fused_experts(*arguments, transposed=transposed)
+        assert torch.equal(
+            ff.fused_experts(hidden_states, index.to(torch.int16), *arguments[2:], transposed=transposed), result
+        )
+    assert launches[:3] == ["_up_swiglu", "_project", "_sum_entries"] == launches[3:]
+    assert_close(result, expected_of(arguments, torch.ones_like(result), transposed)[0], torch.float16)
+    launches.clear()
+    assert_close(ff.fused_experts(*arguments, transposed=transposed), result.float(), torch.float16)
+    assert launches == ["_sort", "_up_swiglu", "_project", "_sum_entries"]
+
+
+def test_entries_that_may_share_an_expert_are_sorted(launches):
+    with torch.no_grad():
+        ff.fused_experts(*random_call(2))
+        ff.fused_experts(*random_call(0))
+    assert launches == 2 * ["_sort", "_up_swiglu", "_project", "_sum_entries"]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+def test_a_layer_with_its_router_takes_five_launches_for_few_tokens(tokens, launches):
+    layer = ff.FusedMoE(HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, max_tokens=TOKENS, device=DEVICE)
+    hidden_states = torch.randn(tokens, HIDDEN, device=DEVICE)
+    with torch.no_grad():
+        result = layer(hidden_states)
+    assert launches == ["_gate", "_route", "_up_swiglu", "_project", "_sum_entries"]
+    assert_close(result, layer(hidden_states), torch.float32)
 
 
 def saved_bytes(function):
@@ -153,7 +203,7 @@ def test_the_operators_keep_the_contract_of_torch_library():
     # What lies past the last entry is undefined, so the layout is not compared between two runs.
     kinds = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(local_experts._expert_layout, (index, EXPERTS, 32), test_utils=kinds)
-    where = sort_entries(index, w13)
+    where = sort_entries(hidden_states, index, w13)
     plain = [tensor.detach() for tensor in (hidden_states, w13, w2)]
     torch.library.opcheck(local_experts._expert_outputs, (*plain, *where, False, False), test_utils=kinds)
     torch.library.opcheck(local_experts._expert_outputs, (*plain, *where, False, True))
@@ -169,7 +219,7 @@ def test_the_operators_keep_the_contract_of_torch_library():
 
 def test_the_operators_keep_their_contract_for_transposed_weights():
     hidden_states, index, weights, w13, w2 = random_call(transposed=True)
-    where = sort_entries(index, w13)
+    where = sort_entries(hidden_states, index, w13)
     plain = [tensor.detach() for tensor in (hidden_states, w13, w2)]
     values, gate_up = local_experts._expert_outputs(*plain, *where, True, True)
     torch.library.opcheck(
@@ -193,6 +243,9 @@ def test_torch_compile_takes_it_whole_for_any_number_of_tokens():
             assert torch.equal(value, eager)
         with torch.no_grad():
             assert torch.equal(compiled(*arguments), expected)
+    with torch.no_grad():
+        arguments = random_call(1)
+        assert torch.equal(compiled(*arguments), function(*arguments))
 
 
 def test_torch_compile_takes_router_and_experts_whole():
@@ -221,6 +274,23 @@ def test_a_captured_graph_follows_its_inputs():
         hidden_states.copy_(other), index.copy_(other_index), weights.copy_(other_weights)
         graph.replay()
         assert torch.equal(result, ff.fused_experts(other, other_index, other_weights, w13, w2))
+
+
+@pytest.mark.parametrize("tokens", [1, TOKENS])
+@pytest.mark.parametrize("wrong", [EXPERTS, -2, 2**33])
+def test_expert_ids_out_of_range_give_nan_where_nobody_looks_at_them(wrong, tokens, monkeypatch):
+    monkeypatch.setattr(local_experts, "check_ids", lambda *_: None)  # as on a GPU
+    arguments = random_call(tokens)
+    whole = ff.fused_experts(*arguments)
+    arguments[1][0, 1] = wrong
+    result = ff.fused_experts(*arguments)
+    assert result[0].isnan().all() and torch.equal(result[1:], whole[1:])
+    hidden_gradient, weights_gradient, *weight_gradients = gradients(result, arguments, torch.ones_like(result))
+    assert hidden_gradient[0].isnan().all() and weights_gradient[0].isnan().tolist() == [False, True, False]
+    assert torch.isfinite(hidden_gradient[1:]).all() and torch.isfinite(weights_gradient[1:]).all()
+    assert all(torch.isfinite(gradient).all() for gradient in weight_gradients)
+    with torch.no_grad():
+        assert ff.fused_experts(*arguments)[0].isnan().all()
 
 
 class TestPending:
@@ -347,3 +417,5 @@ class TestBadInput:
     def test_expert_ids_out_of_range_are_named(self, wrong):
         with pytest.raises(ff.UsageError, match="from 0 to 7"):
             ff.fused_experts(*change(random_call(), 1, lambda x: x.index_fill(0, torch.tensor([3]), wrong)))
+        with torch.no_grad(), pytest.raises(ff.UsageError, match="from 0 to 7"):
+            ff.fused_experts(*change(random_call(1), 1, lambda x: x.fill_(wrong)))

@@ -1,44 +1,61 @@
-"""Compiles the expert kernels for sm_90 without a GPU and prints what came out, as JSON; run by test_compiles.py.
+"""Compiles the kernels for sm_90 without a GPU and prints what came out, as JSON; run by test_compiles.py.
 
-A stub in place of Triton's driver answers which GPU is asked for. Nothing is loaded or launched.
+The launchers run as they are, on memory of the CPU, so that what is compiled is what they choose: stubs answer which
+GPU there is, and a launch compiles and goes no further.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 if __name__ == "__main__":
     # Before the kernels are imported: without a GPU they would be interpreted.
     torch.cuda.is_available = lambda: True
+    torch.cuda.get_device_capability = lambda _=None: (9, 0)
+    torch.cuda.get_device_properties = lambda _: SimpleNamespace(
+        shared_memory_per_block_optin=SHARED_MEMORY_LIMIT, multi_processor_count=MULTIPROCESSORS
+    )
+    torch.Tensor.is_cuda = True  # type: ignore[misc]
 
 from farskip_fused.kernels import (
+    combine,
+    dispatch,
     experts,
     experts_backward,
+    gather_sum,
     hopper,
-    hopper_down_gradient,
-    hopper_forward,
-    hopper_to_owner,
     hopper_weight_gradient,
+    layout,
+    routing,
 )
-from farskip_fused.kernels.tiles import choose_tile
+from farskip_fused.kernels.combine import Extras
+from farskip_fused.kernels.experts_to_owner import project_to_owner
+from farskip_fused.kernels.layout import Layout
+from farskip_fused.kernels.protocol import Round, SlotRows
 
-EXPERTS, INTERMEDIATE, HIDDEN, TOP_K, TOKENS = 4, 1408, 2048, 6, 256
 SHARED_MEMORY_LIMIT = 232448  # bytes a block, compute capability 9.0
+MULTIPROCESSORS = 132
+EXPERTS, INTERMEDIATE, HIDDEN, TOP_K, TOKENS = 4, 1408, 2048, 6, 256
+Step = Callable[[], Any]
 
 
 class StubDriver:
     class utils:
         @staticmethod
         def get_device_properties(device: int) -> dict[str, int]:
-            return {"max_shared_mem": SHARED_MEMORY_LIMIT, "multiprocessor_count": 132, "warpSize": 32}
+            return {"max_shared_mem": SHARED_MEMORY_LIMIT, "multiprocessor_count": MULTIPROCESSORS, "warpSize": 32}
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -50,105 +67,112 @@ class StubDriver:
         return 0
 
 
-def hopper_variants(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
-    """Names and compiled Gluon kernels."""
+def expert_steps(
+    dtype: torch.dtype, where: Layout, forms: Sequence[tuple[int | None, bool, bool]]
+) -> Iterator[tuple[str, Step]]:
+    """Every launcher of the expert GEMMs over that layout; ``forms`` of the first: top_k, kept, transposed."""
     entries = TOKENS * TOP_K
-    index, rows = torch.zeros(64, dtype=torch.int32), torch.zeros(TOKENS, HIDDEN, dtype=dtype)
-    w13 = torch.zeros(EXPERTS, 2 * INTERMEDIATE, HIDDEN, dtype=dtype)
-    w2 = torch.zeros(EXPERTS, HIDDEN, INTERMEDIATE, dtype=dtype)
-    gate_up, activated, output = (
-        hopper.new_rows(rows, entries, size) for size in (2 * INTERMEDIATE, INTERMEDIATE, HIDDEN)
-    )
-    weights, parts = torch.zeros(TOKENS, TOP_K), torch.zeros(entries, 6)
-    tile = {"STAGES": 3, "num_warps": 4, "grid": (132,)}
-    rows_box = hopper.matrix(rows, hopper.TILE_ROWS, hopper.DEPTH)
-    context = torch.zeros(64, dtype=torch.int64)
-    for top_k, in_slot in ((TOP_K, False), (0, False), (TOP_K, True)):
-        for keep in (True, False):
-            yield (
-                f"up_swiglu top_k={top_k} keep={keep} in_slot={in_slot}",
-                hopper_forward.up_swiglu_kernel.warmup(
-                    context, context, rows, rows_box, index, index, index,
-                    hopper.matrix(w13, hopper.TILE_COLUMNS // 2, hopper.DEPTH), hopper.clipped(gate_up), activated,
-                    HIDDEN=HIDDEN, INTERMEDIATE=INTERMEDIATE, TOP_K=top_k, KEEP=keep,
-                    IN_SLOT=in_slot, AWAITED=in_slot, **tile,
-                ),
-            )  # fmt: skip
+    rows = torch.empty(TOKENS, HIDDEN, dtype=dtype)
+    weights = torch.empty(TOKENS, TOP_K)
+    gate_up, activated = (hopper.new_rows(rows, entries, size) for size in (2 * INTERMEDIATE, INTERMEDIATE))
+    w13 = torch.empty(EXPERTS, 2 * INTERMEDIATE, HIDDEN, dtype=dtype)
+    w2 = torch.empty(EXPERTS, HIDDEN, INTERMEDIATE, dtype=dtype)
+
+    def to_up(top_k: int | None, keep: bool, transposed: bool) -> tuple[Any, ...]:
+        return top_k, w13.reshape(EXPERTS, HIDDEN, -1) if transposed else w13, keep, transposed
+
+    for form in forms:
+        yield f"form={form}", lambda form=form: experts.up_swiglu(rows, where, *to_up(*form))
+    yield "down", lambda: experts.project(activated, where, w2, 1)
+    if not where.is_sorted:
+        return
+    yield "up", lambda: experts.project(gate_up, where, w13, 2)
+    for transposed in (False, True):
+        weight = w2.reshape(EXPERTS, INTERMEDIATE, HIDDEN) if transposed else w2
         yield (
-            f"down_gradient top_k={top_k} in_slot={in_slot}",
-            hopper_down_gradient.down_gradient_kernel.warmup(
-                context, context, rows, rows_box, weights, index, index, index,
-                hopper.matrix(w2, hopper.DEPTH, hopper.TILE_COLUMNS), hopper.matrix(gate_up, 32, hopper.CHUNK),
-                gate_up, activated, parts,
-                HIDDEN=HIDDEN, INTERMEDIATE=INTERMEDIATE, TOP_K=top_k, IN_SLOT=in_slot, AWAITED=in_slot, **tile,
-            ),
-        )  # fmt: skip
-    for inputs, weight, transposed in ((activated, w2, False), (gate_up, w13, True)):
-        box = (hopper.DEPTH, hopper.TILE_COLUMNS) if transposed else (hopper.TILE_COLUMNS, hopper.DEPTH)
-        yield (
-            f"project transposed={transposed}",
-            hopper_forward.project_kernel.warmup(
-                hopper.matrix(inputs, hopper.TILE_ROWS, hopper.DEPTH), index, index, hopper.matrix(weight, *box),
-                hopper.clipped(output),
-                DEPTH_SIZE=inputs.shape[1], COLUMNS=HIDDEN, TRANSPOSED=transposed, **tile,
-            ),
-        )  # fmt: skip
-        for paced in (False, True):
+            f"through down transposed={transposed}",
+            lambda a=(rows, weights, where, weight, gate_up, transposed): experts_backward.down_gradient_swiglu(*a),
+        )
+    for left, right, gather_left in ((gate_up, rows, False), (rows, activated, True)):
+        shape = (EXPERTS, left.shape[1], right.shape[1])
+        for into in (None, torch.float32, dtype):
+            main_grad = None if into is None else torch.empty(shape, dtype=into)
             yield (
-                f"project_to_owner transposed={transposed} paced={paced}",
-                hopper_to_owner.project_to_owner_kernel.warmup(
-                    context, context, hopper.matrix(inputs, hopper.TILE_ROWS, hopper.DEPTH), index, index, index,
-                    hopper.matrix(weight, *box),
-                    DEPTH_SIZE=inputs.shape[1], HIDDEN=HIDDEN, TRANSPOSED=transposed, TOP_K=TOP_K, PACED=paced, **tile,
-                ),
-            )  # fmt: skip
-    for ordered, transposed in ((activated, False), (gate_up, True)):
-        for main_dtype in (None, torch.float32, dtype):
-            result = torch.zeros(EXPERTS, HIDDEN, ordered.shape[1], dtype=main_dtype or dtype)
-            staged = result if main_dtype is None else ordered
-            yield (
-                f"weight_gradient transposed={transposed} into={main_dtype}",
-                hopper_weight_gradient.weight_gradient_kernel.warmup(
-                    context, rows, hopper.clipped(ordered, hopper.TILE_COLUMNS), index, index,
-                    hopper.matrix(staged, hopper.CHUNK, hopper.CHUNK), result,
-                    EXPERTS=EXPERTS, LEFT_SIZE=HIDDEN, RIGHT_SIZE=ordered.shape[1], TOP_K=TOP_K,
-                    TRANSPOSED=transposed, ACCUMULATE=main_dtype is not None,
-                    PLANE=-1 if main_dtype is None else 0, **tile,
-                ),
-            )  # fmt: skip
+                f"gather_left={gather_left} into={into}",
+                lambda a=(left, right, where, TOP_K, gather_left, main_grad): experts_backward.weight_gradient(*a),
+            )
 
 
-def plain_variants(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
-    """Names and compiled Triton kernels, for every number of tile rows."""
-    index = torch.int32
-    for rows in (16, 32, 64, 128):
-        tile = choose_tile(rows, dtype)
-        blocks = {
-            "BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns, "BLOCK_DEPTH": tile.depth, "PRECISION": "tf32",
-            "grid": (1,), **tile.launch,
-        }  # fmt: skip
-        yield (
-            f"plain up_swiglu rows={rows}",
-            experts._up_swiglu.warmup(
-                dtype, torch.int64, index, index, index, dtype, dtype, dtype,
-                HIDDEN=HIDDEN, INTERMEDIATE=INTERMEDIATE, TOP_K=TOP_K, KEEP=True, **blocks,
-            ),
-        )  # fmt: skip
-        yield (
-            f"plain project rows={rows}",
-            experts._project.warmup(
-                dtype, index, index, dtype, dtype,
-                DEPTH_SIZE=INTERMEDIATE, COLUMNS=HIDDEN, COLUMN_STRIDE=INTERMEDIATE, DEPTH_STRIDE=1, **blocks,
-            ),
-        )  # fmt: skip
-        blocks["BLOCK_COLUMNS"] = experts_backward.down_gradient_tile(rows, dtype).columns
-        yield (
-            f"plain down_gradient rows={rows}",
-            experts_backward._down_gradient_swiglu.warmup(
-                dtype, torch.int64, torch.float32, index, index, index, dtype, dtype, dtype, dtype, torch.float32,
-                HIDDEN=HIDDEN, INTERMEDIATE=INTERMEDIATE, TOP_K=TOP_K, COLUMN_TILES=11, **blocks,
-            ),
-        )  # fmt: skip
+def other_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
+    """Sums and copies; layouts from ids of either width."""
+    where = new_layout(128)
+    rows, values = torch.empty(TOKENS, HIDDEN, dtype=dtype), torch.empty(TOKENS * TOP_K, HIDDEN, dtype=dtype)
+    weights, parts = torch.empty(TOKENS, TOP_K), torch.empty(TOKENS * TOP_K, 6)
+    yield "weighted", lambda: gather_sum.sum_entries(values, where.places, weights)
+    yield "unsorted", lambda: gather_sum.sum_entries(values, where.places, weights, EXPERTS)
+    yield "plain", lambda: gather_sum.sum_entries(values, where.places, None)
+    yield "parts", lambda: gather_sum.sum_parts(parts, where.places)
+    yield "copy", lambda: gather_sum.gather_rows(rows, where.order, where.offsets, TOP_K)
+    if dtype != torch.bfloat16:
+        return
+    for tokens, index_dtype in ((8, torch.int64), (256, torch.int32), (4096, torch.int64)):
+        ids = torch.empty(tokens, 8, dtype=index_dtype)
+        yield f"T={tokens} {index_dtype}", lambda ids=ids: layout.local_layout(ids, 128, 128)
+
+
+# Qwen3-30B-A3B, and DeepSeek-V3 (sigmoid, bias, groups) with its gate in float32, whose products are three of tf32.
+ROUTERS = {
+    "qwen3": (128, 8, None, {"sigmoid": False, "normalise": True, "groups": 1, "top_groups": 1}),
+    "deepseek-v3": (256, 8, torch.float32, {"sigmoid": True, "normalise": True, "groups": 8, "top_groups": 4}),
+}
+FEW_TOKENS, MANY_TOKENS = (1, 64), (1024, 4096, 16384)  # each with another tile
+
+
+def routing_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
+    """The router; of float16 only the products with the gate, which are all that depends on the dtype."""
+    for name, (num_experts, top_k, gate_dtype, options) in ROUTERS.items():
+        bias = torch.empty(num_experts) if options["sigmoid"] else None
+        for tokens in FEW_TOKENS + MANY_TOKENS:
+            x = torch.empty(tokens, HIDDEN, dtype=dtype)
+            gate = torch.empty(num_experts, HIDDEN, dtype=gate_dtype or dtype)
+
+            def run(x=x, gate=gate, top_k=top_k, bias=bias, options=options):
+                found = routing.route(x, gate, top_k, scaling=2.5, bias=bias, tile_rows=128, **options)
+                choice = {name: options[name] for name in ("sigmoid", "normalise")}
+                routing.route_backward(found[2], found[0], found[1], scaling=2.5, **choice)
+
+            if dtype == torch.bfloat16:
+                yield f"{name} T={tokens}", run
+            elif gate_dtype is None and tokens in MANY_TOKENS:
+                options_of = {**options, "scaling": 2.5, "bias": bias, "tile_rows": 0}
+                yield f"{name} T={tokens}", lambda a=(x, gate, top_k), o=options_of: routing.route(*a, **o)
+            elif tokens == 1:
+                yield name, lambda x=x, gate=gate: routing.split_logits(x, gate, 1)
+
+
+def new_layout(tile_rows: int) -> Layout:
+    index = torch.empty(TOKENS, TOP_K, dtype=torch.int32)
+    if tile_rows == 1:
+        return layout.unsorted_layout(index)
+    return layout.empty_layout(index, EXPERTS, index.numel(), tile_rows)
+
+
+def hopper_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
+    if hopper.HAS_GLUON:
+        forms = [*itertools.product((TOP_K, None), (True, False), (False, True))]
+        yield from expert_steps(dtype, new_layout(128), forms)
+        hopper_weight_gradient.SHORT_LAST_STEP = True
+        for name, step in expert_steps(dtype, new_layout(128), []):
+            if name.startswith("gather_left"):
+                yield f"short {name}", step
+
+
+def plain_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
+    hopper.HAS_GLUON = False
+    for rows in (1, 16, 32, 64, 128):
+        forms = [(TOP_K, True, False), (TOP_K if rows == 1 else None, False, True)]
+        for name, step in expert_steps(dtype, new_layout(rows), forms):
+            yield f"rows={rows} {name}", step
 
 
 def describe(kernel: Any) -> dict[str, int]:
@@ -158,17 +182,97 @@ def describe(kernel: Any) -> dict[str, int]:
     return found | {"shared": kernel.metadata.shared}
 
 
-def main() -> None:
+def exchange_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
+    """Between ranks: what is sent, awaited and summed, and the GEMMs that gather from a slot or store at owners."""
+    if dtype != torch.bfloat16:  # float16 takes the same room
+        return
+    context, ids = torch.empty(64, dtype=torch.int64), torch.empty(TOKENS, TOP_K, dtype=torch.int32)
+    weights, rows = torch.empty(TOKENS, TOP_K), torch.empty(TOKENS, HIDDEN, dtype=dtype)
+    where = new_layout(128)
+    turns, parts = torch.empty(TOKENS, dtype=torch.int32), torch.empty(TOKENS * TOP_K, 6)
+    gate_up, activated = (hopper.new_rows(rows, TOKENS * TOP_K, size) for size in (2 * INTERMEDIATE, INTERMEDIATE))
+    values = hopper.new_rows(rows, TOKENS * TOP_K, HIDDEN)
+    w13 = torch.empty(EXPERTS, 2 * INTERMEDIATE, HIDDEN, dtype=dtype)
+    w2 = torch.empty(EXPERTS, HIDDEN, INTERMEDIATE, dtype=dtype)
+    order = dispatch.SendOrder(ids, where.order, where.offsets[-1:])
+    for paced in (False, True):
+        round_ = Round(context, context, 4, 8, paced)
+        for fp8 in (False, True):
+            yield f"{paced=} {fp8=}", lambda r=round_, f=fp8: dispatch.send_rows(r, rows, order, EXPERTS, fp8=f)
+        yield f"{paced=} sums", lambda r=round_: combine.push_sums(r, values, where.places, weights, turns)
+        for column_dim, inputs, weight in ((1, activated, w2), (2, gate_up, w13)):
+            a = (round_, inputs, where, TOP_K, weight, column_dim, 124)
+            yield f"{paced=} column_dim={column_dim}", lambda a=a: project_to_owner(*a)
+    round_ = Round(context, context, 4, 8)
+    yield "routing", lambda: dispatch.send_routing(round_, ids, weights, EXPERTS)
+    yield "receive", lambda: dispatch.receive_routing(round_, TOKENS // 4, TOP_K, EXPERTS, TOKENS * TOP_K, 128)
+    for fp8 in (False, True):
+        yield f"{fp8=}", lambda f=fp8: dispatch.keep_rows(round_, ids, rows, fp8=f)
+    yield "poison", lambda: dispatch.poison_if_failed(context, gate_up, activated)
+    yield "turns", lambda: combine.find_turns(round_, ids, EXPERTS)
+    yield "plain sums", lambda: combine.push_sums(round_, values, where.places, None, turns)
+    yield "scalars", lambda: combine.push_weight_gradients(round_, parts, where.places)
+    yield "scalars", lambda: combine.take_weight_gradients(round_, ids)
+    yield "credit", lambda: combine.wait_to_send(round_)
+    for extras in (Extras(), Extras(rows, rows), Extras(rows, None, rows[0], 1e-6)):
+        for form in ((weights, 0), (None, 0), (None, EXPERTS)):
+            a = (round_, ids, form[0], HIDDEN, dtype, form[1], extras)
+            yield f"wait presummed_by={form[1]}", lambda a=a: combine.combine_wait(*a)
+    slots = [SlotRows(round_), SlotRows(round_, arrived=True)]
+    yield (
+        "weighted",
+        lambda: gather_sum.gather_weighted_rows(slots[0], rows, where.order, where.offsets, weights, values),
+    )
+    for with_gluon in (True, False) if hopper.HAS_GLUON else (False,):
+        for slot in slots:
+            name = f"gluon={with_gluon} arrived={slot.arrived}"
+
+            def run(slot=slot, with_gluon=with_gluon):
+                hopper.HAS_GLUON = with_gluon
+                for keep in (True, False):
+                    experts.up_swiglu(rows, where, TOP_K, w13, keep, slot=slot, programs=124)
+                experts_backward.down_gradient_swiglu(rows, weights, where, w2, gate_up, slot=slot, programs=124)
+                experts_backward.weight_gradient(gate_up, rows, where, TOP_K, False, slot=slot, programs=124)
+
+            yield name, run
+
+
+def compile_family(dtype_name: str, family: str) -> list[dict[str, Any]]:
+    """One row for each variant that the launches of that family differ in."""
     driver.set_active(StubDriver())
-    report: dict[str, Any] = {"triton": triton.__version__, "gluon": hopper.HAS_GLUON, "variants": {}}
-    for dtype in (torch.bfloat16, torch.float16):
-        variants = plain_variants(dtype)
-        for name, kernel in variants:
-            report["variants"][f"{dtype} {name}"] = describe(kernel)
-        if hopper.HAS_GLUON:
-            for name, kernel in hopper_variants(dtype):
-                report["variants"][f"{dtype} hopper {name}"] = describe(kernel)
-    print(json.dumps(report))
+    rows: list[dict[str, Any]] = []
+    compiled = set()
+
+    def compile_only(function: JITFunction, grid: Any) -> Callable[..., None]:
+        def launch(*arguments: Any, **options: Any) -> None:
+            kernel = function.warmup(*arguments, grid=grid, **options)
+            if id(kernel) not in compiled:
+                compiled.add(id(kernel))
+                rows.append(
+                    {
+                        "name": f"{dtype_name} {name}: {function.__name__}",
+                        "kernel": function.__name__,
+                        **describe(kernel),
+                    }
+                )
+
+        return launch
+
+    JITFunction.__getitem__ = compile_only
+    families = {
+        "routing": routing_steps, "hopper": hopper_steps, "plain": plain_steps, "others": other_steps,
+        "exchange": exchange_steps,
+    }  # fmt: skip
+    for name, step in families[family](getattr(torch, dtype_name)):  # noqa: B007
+        step()
+    return rows
+
+
+def main() -> None:
+    families = itertools.product(("bfloat16", "float16"), ("routing", "hopper", "plain", "others", "exchange"))
+    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+        rows = [row for found in pool.starmap(compile_family, families, chunksize=1) for row in found]
+    print(json.dumps({"triton": triton.__version__, "gluon": hopper.HAS_GLUON, "variants": rows}))
 
 
 if __name__ == "__main__":

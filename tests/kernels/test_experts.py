@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from farskip_fused.kernels import experts, experts_backward, gather_sum, hopper
+from farskip_fused.kernels import experts, experts_backward, gather_sum, hopper, hopper_weight_gradient
 from farskip_fused.kernels.layout import local_layout
 from farskip_fused.kernels.tiles import choose_tile_rows
 from tests.numerics import DEVICE, assert_close
@@ -78,6 +78,11 @@ def test_forward_kernels_match_float32(problem):
     assert_close(activated[:count], expected, dtype)
     nothing, again = experts.up_swiglu(problem.x, layout, problem.top_k, problem.w13, False)
     assert nothing is None and torch.equal(again[:count], activated[:count])
+    w13 = problem.w13.transpose(1, 2).contiguous()
+    for value, usual in zip(
+        experts.up_swiglu(problem.x, layout, problem.top_k, w13, True, True), (gate_up, activated), strict=True
+    ):
+        assert_close(value[:count], usual[:count].float(), dtype)
     if count:
         rows = problem.x.new_zeros(layout.order.shape[0], problem.x.shape[1])
         rows[:count] = problem.x[problem.row]
@@ -105,6 +110,10 @@ def test_backward_kernels_match_float32(problem):
     assert_close(gradient[:count], torch.cat([by_gate, through_down * weight * gate * sigmoid], dim=1), dtype)
     assert_close(weighted[:count], activation * weight, dtype)
     assert_close(parts[:count].sum(dim=1), (through_down * activation).sum(dim=1), dtype)
+    w2 = problem.w2.transpose(1, 2).contiguous()
+    transposed = experts_backward.down_gradient_swiglu(problem.gradient, problem.weights, layout, w2, gate_up, True)
+    for value, usual in zip(transposed, results, strict=True):
+        assert_close(value[:count], usual[:count].float(), dtype)
     row_gradient = experts.project(gradient, layout, problem.w13, 2)
     assert_close(row_gradient[:count], problem.grouped(gradient[:count], problem.w13.transpose(1, 2)), dtype)
 
@@ -146,6 +155,21 @@ def test_more_than_two_to_the_31_elements(intermediate):
     expected = problem.x[problem.row[tail]].float() @ problem.w13[problem.expert[tail[0]]].float().T
     mine = problem.expert[tail] == problem.expert[tail[0]]
     assert_close(gate_up[tail][mine], expected[mine], torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_a_short_last_step_gives_the_same_bits(shape, monkeypatch):
+    problem = Problem(shape, torch.bfloat16, "holes")
+    gate_up, activated = experts.up_swiglu(problem.x, problem.layout, problem.top_k, problem.w13, True)
+    for arguments in (
+        (gate_up, problem.x, problem.layout, problem.top_k, False),
+        (problem.gradient, activated, problem.layout, problem.top_k, True),
+    ):
+        usual = experts_backward.weight_gradient(*arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(hopper_weight_gradient, "SHORT_LAST_STEP", True)
+            assert torch.equal(experts_backward.weight_gradient(*arguments), usual)
 
 
 @pytest.mark.gpu

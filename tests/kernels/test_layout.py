@@ -44,7 +44,8 @@ def check(found, experts, num_experts, valid=None):
     order = torch.where(routed, flat, num_experts).argsort(stable=True)[: int(routed.sum())]
     offsets = torch.bincount(flat[routed], minlength=num_experts).cumsum(0)
     offsets = torch.cat([offsets.new_zeros(1), offsets])
-    places = torch.full_like(flat, -1).index_put((order,), torch.arange(len(order)))
+    out_of_range = (flat < -1) | (flat >= num_experts)
+    places = torch.where(out_of_range, -2, -1).index_put((order,), torch.arange(len(order)))
     tiles = []
     for expert in range(num_experts):
         start, end = int(offsets[expert]), int(offsets[expert + 1])

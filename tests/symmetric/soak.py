@@ -31,7 +31,7 @@ SHAPES: tuple[tuple[tuple[int, int, int, int], dict[str, Any]], ...] = (
 )
 ROUNDS_OF_A_PAIR = 4  # two forward, two for the gradients
 DELAYED, WORST_DELAY = 0.01, 0.05  # share of the phases, seconds
-CHECK_EVERY = 25  # pairs; between checks a GPU runs ahead
+CHECK_EVERY = 25 if torch.cuda.is_available() else 5  # pairs; between checks a GPU runs ahead
 
 
 def soak(memory: ff.SymmetricMemory, first_pair: int, pairs: int, seed: int, seconds: float) -> int:

@@ -1,0 +1,16 @@
+"""What runs under compute-sanitizer launches every kernel that there is, but for those that wait for a peer."""
+
+from triton.runtime.jit import KernelInterface
+
+from tests.kernels import one_of_each
+from tests.kernels.test_compiles import OTHERS, PLAIN_GEMMS
+
+
+def test_every_kernel_is_launched(monkeypatch):
+    launched = set()
+    launch = KernelInterface.__getitem__
+    monkeypatch.setattr(
+        KernelInterface, "__getitem__", lambda kernel, grid: launched.add(kernel.fn.__name__) or launch(kernel, grid)
+    )
+    one_of_each.main()
+    assert not (PLAIN_GEMMS | OTHERS) - launched
