@@ -197,20 +197,35 @@ def bench_experts(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="A named layer shape, such as deepseek-v2-lite.")],
-    cluster: Annotated[str, typer.Option(help="Named rates of a GPU and its link.")] = "h100-nvlink4",
-    ranks: Annotated[int, typer.Option(help="Expert-parallel ranks.")] = 8,
-    tokens: Annotated[int, typer.Option(help="Tokens a GPU.")] = 32768,
-    sequence: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 4096,
-    figure: Annotated[Path | None, typer.Option(help="Write the timeline to this PNG or SVG.")] = None,
+    model: Annotated[str, typer.Argument(help="A named model such as deepseek-v3, or the path of a config.json.")],
+    cluster: Annotated[str, typer.Option(help="A named cluster, or a YAML file of rates.")] = "h100-ib400",
+    ep: Annotated[int, typer.Option(help="Expert-parallel ranks.")] = 8,
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
+    dp: Annotated[int | None, typer.Option(help="Replicas of the attention; as many as EP needs by default.")] = None,
+    sequence: Annotated[int, typer.Option(help="Tokens of a sequence; of its context in decode.")] = 4096,
+    batch: Annotated[int, typer.Option(help="Sequences of a replica at a time (micro-batch).")] = 1,
+    phase: Annotated[str, typer.Option(help="training, prefill or decode.")] = "training",
+    precision: Annotated[str, typer.Option(help="bf16 or fp8.")] = "bf16",
+    connectivity: Annotated[str, typer.Option(help="farskip, attention_only, moe_only or standard.")] = "farskip",
+    depth: Annotated[int, typer.Option(help="Layers that the MoE's input is behind, 1 to 3.")] = 1,
+    transport: Annotated[str, typer.Option(help="streams, all-to-all or fused.")] = "streams",
+    skew: Annotated[float, typer.Option(help="Exponent of a Zipf law over experts; 0 is uniform.")] = 0.0,
+    layers: Annotated[int | None, typer.Option(help="Cut the model to its first layers.")] = None,
+    micro_batches: Annotated[int, typer.Option(help="Forward and backward passes of an optimizer step.")] = 1,
+    sweep: Annotated[str | None, typer.Option(help="ep,tp: all splits of the same GPUs, same tokens a GPU.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Write timeline and frontier to this PNG or SVG.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with the timeline to hover over.")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Predict a layer's forward time, standard against FarSkip, from its schedule and roofline durations."""
-    from farskip_fused import plan as room
+    """Predict what conversion gains, standard against FarSkip, by simulating the schedule; needs no GPU."""
+    from farskip_fused.plan import command
 
-    report = room.predict(model, cluster, ranks=ranks, tokens=tokens, sequence=sequence, figure=figure)
-    typer.echo(room.sentence(report))
-    write_json(json_file, report)
+    job = {
+        "model": model, "cluster": cluster, "ep": ep, "tp": tp, "dp": dp, "sequence": sequence, "batch": batch,
+        "phase": phase, "precision": precision, "connectivity": connectivity, "depth": depth, "transport": transport,
+        "skew": skew, "layers": layers, "micro_batches": micro_batches,
+    }  # fmt: skip
+    write_json(json_file, command.run(job, swept=sweep, figure=figure, html=html))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -36,7 +36,8 @@ from farskip_fused.distillation import (
     unigram_cross_entropy,
 )
 from farskip_fused.errors import UsageError
-from farskip_fused.plan import predict
+from farskip_fused.plan import Job
+from farskip_fused.plan.figure import draw
 
 # Name in the report: connectivity and layers, as ff.convert takes them.
 CONVERSIONS = {
@@ -128,7 +129,7 @@ def run(output: Path, *, overwrite: bool = False, settings: DemoSettings | None 
         "environment": environment(device),
     }
     draw_recovery(output / RECOVERY, before, damage["all"], reports)
-    predict("deepseek-v2-lite", "h100-nvlink4", ranks=8, tokens=32768, sequence=4096, figure=output / SCHEDULE)
+    draw(output / SCHEDULE, Job("deepseek-v2-lite", "h100-ib400", ep=8, batch=8))
     report["seconds"] = time.perf_counter() - started
     (output / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     console.print(results_table(report))

@@ -84,15 +84,20 @@ class LocalPending:
         self._inputs = inputs if self._has_gradient else tuple(tensor.detach() for tensor in inputs)
         self._layout, self._transposed = where, transposed
         self._main_grads: Sequence[Tensor | None] = main_grads or (None, None)
-        self._computed: tuple[Tensor, ...] | None = None
+        self._result: Tensor | None = None
         self._finished = False
 
     def experts(self) -> None:
-        """Launch the expert GEMMs."""
-        if self._computed is not None:
+        """Launch the expert GEMMs and their sum, which has nothing to wait for.
+
+        The sum is not left to ``finish``: with activation checkpointing of every layer that one runs in the next layer,
+        and so would what it saves for backward.
+        """
+        if self._result is not None:
             raise RuntimeError("experts() was called twice on one pending call; call it once, or only finish().")
         hidden_states, _, w13, w2 = (tensor.detach() for tensor in self._inputs)
-        self._computed = _expert_outputs(hidden_states, w13, w2, *self._layout, self._transposed, self._has_gradient)
+        values, gate_up = _expert_outputs(hidden_states, w13, w2, *self._layout, self._transposed, self._has_gradient)
+        self._result = _sum_experts(values, *self._inputs, gate_up, *self._layout, self._transposed, *self._main_grads)
 
     def finish(self, *, shared: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Their weighted sum, shaped as the input; calls ``experts`` if nobody has.
@@ -101,14 +106,11 @@ class LocalPending:
         """
         if self._finished:
             raise RuntimeError("finish() was called twice on one pending call; keep its first result.")
-        if self._computed is None:
+        if self._result is None:
             self.experts()
-            assert self._computed is not None
+        assert self._result is not None
         self._finished = True
-        values, gate_up = self._computed
-        self._computed = ()  # gives the values back, which are as large as K inputs
-        result = _sum_experts(values, *self._inputs, gate_up, *self._layout, self._transposed, *self._main_grads)
-        return add_extras(result.reshape(self.output_shape), shared, residual)
+        return add_extras(self._result.reshape(self.output_shape), shared, residual)
 
 
 def add_extras(result: Tensor, shared: Tensor | None, residual: Tensor | None) -> Tensor:

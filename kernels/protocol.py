@@ -201,14 +201,16 @@ def _wait(context, ticket, FLAGS: tl.constexpr, IS_CREDIT: tl.constexpr, PLANE: 
         expected = epoch - tl.load(context + DEPTH)
     flag = own_region(context, FLAGS, tl.int64) + flag_index(context, ticket, FLAGS, PLANE) + peer
     if is_alive(context):
-        timeout = tl.where(tl.load(context + EXPIRED) == 0, tl.load(context + TIMEOUT_NANOSECONDS), 0)
+        expired = tl.load(context + EXPIRED) != 0
+        timeout = tl.where(expired, 0, tl.load(context + TIMEOUT_NANOSECONDS))
         start = nanoseconds()
         waited = start - start
         seen = tl.atomic_add(flag, tl.full((), 0, tl.int64), sem="acquire", scope="sys")
         while (seen < expected) & (waited < timeout):
             seen = tl.atomic_add(flag, tl.full((), 0, tl.int64), sem="acquire", scope="sys")
             waited = nanoseconds() - start
-        if seen < expected:
+        # A row that came after a GEMM had given it up is as bad as none.
+        if (seen < expected) | expired:
             fail(context, CODE_TIMEOUT, peer, tl.full((), FLAGS, tl.int64), epoch, expected, seen)
 
 

@@ -92,7 +92,8 @@ def compare(layers, embedding, gradient):
 
 @pytest.mark.parametrize("with_shared", [False, True], ids=["no shared experts", "shared experts"])
 @pytest.mark.parametrize("connectivity", NAMES)
-def test_schedule_equals_definition(connectivity, with_shared):
+def test_schedule_equals_definition(monkeypatch, connectivity, with_shared):
+    monkeypatch.setattr(ff.FusedExperts, "is_alone", False)  # through the slots, as on several ranks
     layers = make_stack(connectivity, with_shared, ff.init(device=DEVICE))
     compare(layers, torch.randn(TOKENS, HIDDEN, device=DEVICE), torch.randn(TOKENS, HIDDEN, device=DEVICE))
 
@@ -102,7 +103,9 @@ def test_schedule_equals_definition_on_a_rank_without_slots():
     compare(layers, torch.randn(TOKENS, HIDDEN, device=DEVICE), torch.randn(TOKENS, HIDDEN, device=DEVICE))
 
 
-def test_checkpointed_layers_give_the_same_gradients_step_after_step():
+@pytest.mark.parametrize("in_slots", [False, True], ids=["one rank", "slots"])
+def test_checkpointed_layers_give_the_same_gradients_step_after_step(monkeypatch, in_slots):
+    monkeypatch.setattr(ff.FusedExperts, "is_alone", not in_slots)
     memory = ff.init(device=DEVICE)
     layers = make_stack("farskip", False, memory)
     for _ in range(3):
@@ -115,8 +118,7 @@ def test_checkpointed_layers_give_the_same_gradients_step_after_step():
             outcomes.append([inputs.grad, *(parameter.grad.clone() for parameter in layers.parameters())])
         for plain, again in zip(*outcomes, strict=True):
             assert_close(again, plain, torch.float32)
-    (slots,) = memory.buffers.values()
-    assert not slots.open_rounds
+    assert len(memory.buffers) == in_slots and not any(slots.open_rounds for slots in memory.buffers.values())
 
 
 def run_checkpointed(layers, embedding):

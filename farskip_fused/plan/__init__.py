@@ -1,21 +1,27 @@
-"""What conversion would gain: durations of a layer's actions, the schedule simulated with them, and its figure."""
+"""What conversion would gain, before anyone spends a GPU-hour. Free of torch.
 
-from farskip_fused.plan.durations import CLUSTERS, SHAPES, Cluster, Durations, LayerShape, estimate
-from farskip_fused.plan.figure import draw
-from farskip_fused.plan.prediction import predict, sentence
-from farskip_fused.plan.timeline import Interval, Timeline, simulate
+``predict(Job("deepseek-v3", "h100-ib400", ep=32))`` simulates the schedule of ``farskip_fused.schedule`` with durations
+of kernels and links; ``sweep`` tries all splits of the same GPUs.
+"""
+
+from farskip_fused.plan.clusters import CLUSTERS, Cluster
+from farskip_fused.plan.job import PHASES, PRECISIONS, TRANSPORTS, Job
+from farskip_fused.plan.models import MODELS, Model
+from farskip_fused.plan.prediction import Prediction, predict, recommendation
+from farskip_fused.plan.splits import Sweep, sweep
 
 __all__ = [
     "CLUSTERS",
-    "SHAPES",
+    "MODELS",
+    "PHASES",
+    "PRECISIONS",
+    "TRANSPORTS",
     "Cluster",
-    "Durations",
-    "Interval",
-    "LayerShape",
-    "Timeline",
-    "draw",
-    "estimate",
+    "Job",
+    "Model",
+    "Prediction",
+    "Sweep",
     "predict",
-    "sentence",
-    "simulate",
+    "recommendation",
+    "sweep",
 ]

@@ -6,7 +6,7 @@ import os
 import time
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,18 +17,27 @@ from farskip_fused.kernels import layout
 from farskip_fused.local_experts import LocalPending
 from tests.numerics import RELATIVE_ERROR, assert_close, relative_error
 
-HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, MAX_TOKENS = 48, 40, 8, 3, 64
+
+class Shape(NamedTuple):
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+    max_tokens: int
+
+
+SMALL = Shape(48, 40, 8, 3, 64)
+FOR_HOPPER = Shape(512, 320, 8, 2, 600)  # tiles of 128 rows, sizes that fill whole chunks
 
 
 def make_layers(
-    memory: ff.SymmetricMemory, dtype: torch.dtype, **options: Any
+    memory: ff.SymmetricMemory, dtype: torch.dtype, shape: Shape = SMALL, **options: Any
 ) -> tuple[ff.FusedExperts, ff.FusedExperts]:
     """The same experts twice: split over the ranks, and whole at every rank."""
-    shape = (HIDDEN, INTERMEDIATE, EXPERTS, TOP_K)
-    whole = ff.FusedExperts(*shape, max_tokens=MAX_TOKENS, device=memory.device, dtype=dtype)
+    whole = ff.FusedExperts(*shape[:4], max_tokens=shape.max_tokens, device=memory.device, dtype=dtype)
     exchange = ff.ExchangeOptions(**options)
-    split = ff.FusedExperts(*shape, max_tokens=MAX_TOKENS, ep=memory, exchange=exchange, dtype=dtype)
-    local = EXPERTS // memory.world
+    split = ff.FusedExperts(*shape[:4], max_tokens=shape.max_tokens, ep=memory, exchange=exchange, dtype=dtype)
+    local = shape.experts // memory.world
     torch.manual_seed(0)
     with torch.no_grad():
         for name in ("w13", "w2"):
@@ -43,29 +52,36 @@ def start_alone(
     whole: ff.FusedExperts, split: ff.FusedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
 ) -> LocalPending:
     """The layer on one rank with the tiles of the layer on several, so that its GEMMs sum in the same order."""
-    where = layout.local_layout(index.int().contiguous(), EXPERTS, split._exchange.tile_rows)
+    where = layout.local_layout(index.int().contiguous(), whole.num_experts, split._exchange.tile_rows)
     return LocalPending(hidden, where, weights, whole.w13, whole.w2)
 
 
-def random_routing(tokens: int, mode: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def random_routing(
+    tokens: int, mode: int, device: torch.device, shape: Shape = SMALL
+) -> tuple[torch.Tensor, torch.Tensor]:
     if mode == 0:  # everything to one expert
-        index = torch.full((tokens, TOP_K), -1)
+        index = torch.full((tokens, shape.top_k), -1)
         index[:, 1] = 5
     else:
-        index = torch.rand(tokens, EXPERTS).argsort(dim=-1)[:, :TOP_K]
+        index = torch.rand(tokens, shape.experts).argsort(dim=-1)[:, : shape.top_k]
     if mode == 1:  # some positions and whole tokens unrouted
         index = torch.where(torch.rand(index.shape) < 0.3, -1, index)
         index[::3] = -1
-    return index.to(device), (torch.rand(tokens, TOP_K) + 0.1).to(device)
+    return index.to(device), (torch.rand(tokens, shape.top_k) + 0.1).to(device)
 
 
 def compare_with_world_of_one(
-    memory: ff.SymmetricMemory, rounds: int, dtype: torch.dtype, worst_delay: float, options: dict[str, Any]
+    memory: ff.SymmetricMemory,
+    rounds: int,
+    dtype: torch.dtype,
+    worst_delay: float,
+    options: dict[str, Any],
+    shape: Shape = SMALL,
 ) -> dict[str, Any]:
     """Rounds of random size, routing and delay: outputs and input gradients are bitwise those of one rank, unless
     ranks sum before they send.
     """
-    split, whole = make_layers(memory, dtype, **options)
+    split, whole = make_layers(memory, dtype, shape, **options)
     is_bitwise = options.get("combine") != "presummed"
     generator = torch.manual_seed(1000 + memory.rank)
     exact = [weight.detach().double().requires_grad_() for weight in (whole.w13, whole.w2)]
@@ -73,10 +89,12 @@ def compare_with_world_of_one(
     for round_ in range(rounds):
         # Every rank has its own number of tokens; in each round of four one rank has none, one has the most.
         turn = (round_ + memory.rank) % 4
-        tokens = 0 if turn == 0 else MAX_TOKENS if turn == 1 else int(torch.randint(1, MAX_TOKENS, ()))
-        index, weights = random_routing(tokens, round_ % 3, memory.device)
-        hidden = torch.randn(tokens, HIDDEN, generator=generator).to(memory.device, dtype)
-        gradient = torch.randn(tokens, HIDDEN, generator=generator).to(memory.device, dtype)
+        most = shape.max_tokens
+        tokens = 0 if turn == 0 else most if turn == 1 else int(torch.randint(1, most, ()))
+        index, weights = random_routing(tokens, round_ % 3, memory.device, shape)
+        hidden, gradient = (
+            torch.randn(tokens, shape.hidden, generator=generator).to(memory.device, dtype) for _ in range(2)
+        )
         results = []
         for start in (split.dispatch, partial(start_alone, whole, split)):
             inputs = (hidden.clone().requires_grad_(), weights.clone().requires_grad_())
@@ -98,7 +116,7 @@ def compare_with_world_of_one(
         expected.backward(gradient.double())
         if tokens and bool((index >= 0).any()):
             worst = max(worst, relative_error(results[0][0], expected), relative_error(results[0][1], precise.grad))
-    local = EXPERTS // memory.world
+    local = shape.experts // memory.world
     for name, weight in zip(("w13", "w2"), exact, strict=True):
         total = weight.grad.cpu()
         dist.all_reduce(total)
@@ -118,6 +136,51 @@ def delay(memory: ff.SymmetricMemory, worst: float) -> None:
             time.sleep(seconds)
 
 
+def replay_graphs(memory: ff.SymmetricMemory, replays: int, dtype: torch.dtype, shape: Shape) -> None:
+    """Captured passes, forward alone and with backward, replayed on inputs and routing that change every time."""
+    split, whole = make_layers(memory, dtype, shape)
+    tokens = shape.max_tokens
+    index, weights = random_routing(tokens, 2, memory.device, shape)
+    hidden, gradient = torch.randn(2, tokens, shape.hidden, device=memory.device).to(dtype)
+    hidden.requires_grad_(), weights.requires_grad_()
+
+    def forward() -> tuple[torch.Tensor, ...]:
+        with torch.no_grad():
+            return (split(hidden, index, weights),)
+
+    def with_backward() -> tuple[torch.Tensor, ...]:
+        result = split(hidden, index, weights)
+        return result, *torch.autograd.grad(result, (hidden, weights, split.w13, split.w2), gradient)
+
+    for call in (forward, with_backward):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()
+        torch.cuda.current_stream().wait_stream(stream)
+        memory.synchronize()
+        memory.barrier()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = call()
+        wrong = torch.zeros((), dtype=torch.int64, device=memory.device)
+        for replay in range(replays):
+            new_index, new_weights = random_routing(tokens, replay % 3, memory.device, shape)
+            with torch.no_grad():
+                hidden.normal_(), gradient.normal_(), index.copy_(new_index), weights.copy_(new_weights)
+            graph.replay()
+            if replay % 10 == 0:  # the eager pass of one rank takes longer than the replay
+                alone = [tensor.detach().clone().requires_grad_() for tensor in (hidden, weights)]
+                expected = start_alone(whole, split, alone[0], index, alone[1]).finish()
+                wrong += (found[0] != expected).any()
+                if len(found) > 1:
+                    for value, exact in zip(found[1:3], torch.autograd.grad(expected, alone, gradient), strict=True):
+                        wrong += (value != exact).any()
+        memory.synchronize()
+        assert int(wrong) == 0, f"rank {memory.rank}: {int(wrong)} results of {call.__name__} differ under replay"
+        memory.barrier()
+
+
 PHASES = ("before dispatch", "before experts", "before finish", "before backward")
 
 
@@ -127,7 +190,7 @@ def lose_a_peer(memory: ff.SymmetricMemory, phase: str, killed: bool) -> dict[st
     for round_ in range(2):
         lost = round_ == 1 and memory.rank == 1
         index, weights = random_routing(20, 2, memory.device)
-        hidden = torch.randn(20, HIDDEN).to(memory.device).requires_grad_()
+        hidden = torch.randn(20, SMALL.hidden).to(memory.device).requires_grad_()
         start = time.monotonic()
         try:
             if lost and phase == "before dispatch":
@@ -161,12 +224,13 @@ def vanish(memory: ff.SymmetricMemory, killed: bool) -> None:
 
 def repeat_experts(memory: ff.SymmetricMemory) -> str:
     """Every token names one expert twice, and more entries arrive at its rank than distinct experts could give."""
-    layer = ff.FusedExperts(HIDDEN, INTERMEDIATE, memory.world, 2, max_tokens=MAX_TOKENS, ep=memory)
+    tokens = SMALL.max_tokens
+    layer = ff.FusedExperts(SMALL.hidden, SMALL.intermediate, memory.world, 2, max_tokens=tokens, ep=memory)
     layer.setup()
-    index = torch.ones(MAX_TOKENS, 2, dtype=torch.long, device=memory.device)
-    hidden = torch.zeros(MAX_TOKENS, HIDDEN, device=memory.device)
+    index = torch.ones(tokens, 2, dtype=torch.long, device=memory.device)
+    hidden = torch.zeros(tokens, SMALL.hidden, device=memory.device)
     try:
-        layer(hidden, index, torch.ones(MAX_TOKENS, 2, device=memory.device))
+        layer(hidden, index, torch.ones(tokens, 2, device=memory.device))
         memory.synchronize()
     except (ff.UsageError, ff.PeerTimeout) as error:
         return str(error)
@@ -178,7 +242,7 @@ def raise_an_error(memory: ff.SymmetricMemory) -> None:
 
 
 def disagree(memory: ff.SymmetricMemory) -> str:
-    layer = ff.FusedExperts(HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, max_tokens=8 * (memory.rank + 1), ep=memory)
+    layer = ff.FusedExperts(*SMALL[:4], max_tokens=8 * (memory.rank + 1), ep=memory)
     try:
         layer.setup()
     except ff.UsageError as error:
@@ -201,20 +265,20 @@ def exchange_with_own_experts(memory: ff.SymmetricMemory, rounds: int, worst_del
     """Rounds of the split calls around a user's experts, of random size, routing and delay, against float64."""
     dtype, most = torch.float32, 24
     exchange = ff.TokenExchange(
-        memory, hidden_size=HIDDEN, num_experts=EXPERTS, top_k=TOP_K, max_tokens=most, dtype=dtype
+        memory, hidden_size=SMALL.hidden, num_experts=SMALL.experts, top_k=SMALL.top_k, max_tokens=most, dtype=dtype
     )
     exchange.setup()
     torch.manual_seed(0)
-    shapes = ((EXPERTS, 2 * INTERMEDIATE, HIDDEN), (EXPERTS, HIDDEN, INTERMEDIATE))
+    shapes = ((SMALL.experts, 2 * SMALL.intermediate, SMALL.hidden), (SMALL.experts, SMALL.hidden, SMALL.intermediate))
     exact = [(torch.randn(shape).double() / shape[-1] ** 0.5).requires_grad_() for shape in shapes]
-    mine = slice(memory.rank * EXPERTS // memory.world, (memory.rank + 1) * EXPERTS // memory.world)
+    mine = slice(memory.rank * SMALL.experts // memory.world, (memory.rank + 1) * SMALL.experts // memory.world)
     own = [weight.detach()[mine].to(memory.device, dtype).requires_grad_() for weight in exact]
     torch.manual_seed(1000 + memory.rank)
     for round_ in range(rounds):
         turn = (round_ + memory.rank) % 4
         tokens = 0 if turn == 0 else most if turn == 1 else int(torch.randint(1, most, ()))
         index, weights = random_routing(tokens, round_ % 3, memory.device)
-        hidden, gradient = (torch.randn(tokens, HIDDEN).to(memory.device, dtype) for _ in range(2))
+        hidden, gradient = (torch.randn(tokens, SMALL.hidden).to(memory.device, dtype) for _ in range(2))
         hidden.requires_grad_(), weights.requires_grad_()
         delay(memory, worst_delay)
         handle = ff.dispatch_send(exchange, hidden, index, weights)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from farskip_fused.launch import RankFailed, run_ranks, run_ranks_unchecked
-from tests.symmetric import rank_programs
+from tests.symmetric import rank_programs, soak
 
 RUNGS = [pytest.param("cpu", marks=pytest.mark.rung2), pytest.param("cuda", marks=pytest.mark.rung3)]
 
@@ -25,6 +25,12 @@ def test_ranks_compute_what_one_rank_computes_under_skew(device, world, rounds, 
 
 
 @pytest.mark.parametrize("device", RUNGS)
+def test_a_hundred_rounds_of_changing_shapes_stay_bitwise_equal(device):
+    pairs = 25 if device == "cpu" else 250
+    assert run_ranks(soak.soak, 2, 0, pairs, 1, 120.0, device=device, wait_timeout=30.0) == [pairs] * 2
+
+
+@pytest.mark.parametrize("device", RUNGS)
 @pytest.mark.parametrize("options", [{}, {"keep_received": False}], ids=["kept", "dispatched again"])
 def test_ranks_that_reach_each_other_by_puts_compute_the_same(device, options):
     rounds = 8 if device == "cpu" else 80
@@ -35,9 +41,19 @@ def test_ranks_that_reach_each_other_by_puts_compute_the_same(device, options):
 
 
 @pytest.mark.rung3
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_low_precision_on_the_gpu(dtype):
-    run_ranks(rank_programs.compare_with_world_of_one, 2, 40, dtype, 0.01, {}, device="cuda", wait_timeout=30.0)
+@pytest.mark.parametrize("options", [{}, {"keep_received": False}, {"combine": "presummed"}], ids=str)
+@pytest.mark.parametrize("shape", [rank_programs.SMALL, rank_programs.FOR_HOPPER], ids=["small", "for hopper"])
+def test_low_precision_on_the_gpu(shape, options):
+    run_ranks(
+        rank_programs.compare_with_world_of_one, 2, 40, torch.bfloat16, 0.01, options, shape,
+        device="cuda", wait_timeout=30.0,
+    )  # fmt: skip
+
+
+@pytest.mark.rung3
+@pytest.mark.parametrize("shape", [rank_programs.SMALL, rank_programs.FOR_HOPPER], ids=["small", "for hopper"])
+def test_captured_passes_are_replayed_on_changing_inputs(shape):
+    run_ranks(rank_programs.replay_graphs, 4, 1000, torch.bfloat16, shape, device="cuda", wait_timeout=30.0)
 
 
 @pytest.mark.parametrize("device", RUNGS)

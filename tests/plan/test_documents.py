@@ -1,0 +1,31 @@
+"""The figures in docs/ are those that the commands print today."""
+
+from pathlib import Path
+
+import pytest
+
+from farskip_fused.bench import open_questions, plan_accuracy
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def between(document, name):
+    return (DOCS / document).read_text().split(f"<!-- {name} -->\n")[1].split(f"\n<!-- end of {name} -->")[0]
+
+
+def test_the_accuracy_table_is_what_the_command_prints():
+    assert between("plan-accuracy.md", "accuracy") == plan_accuracy.table()
+
+
+@pytest.mark.parametrize("question", ["depth", "window", "trillion"])  # sweeps of 1024 GPUs take longer
+def test_the_answers_are_what_the_command_prints(question, tmp_path):
+    assert between("open-questions.md", question) == open_questions.QUESTIONS[question](tmp_path)
+    drawn = {file.name for file in tmp_path.iterdir()}
+    assert drawn == {f"open-questions-{question}.png"} and (DOCS / drawn.pop()).stat().st_size < 200_000
+
+
+def test_training_figures_of_the_paper_are_predicted_within_a_tenth():
+    training = [row for row in plan_accuracy.ROWS if row.job.phase == "training"]
+    assert len(training) == 5
+    for row in training:
+        assert plan_accuracy.predict(row.job).speedup == pytest.approx(row.speedup[0], rel=0.1)
