@@ -27,7 +27,7 @@ part build 200 "$PYTHON" -m pip install -q --no-deps --no-build-isolation -e .
 if wants tests; then
   part kernels 400 $PYTEST $PARALLEL -m 'not rung3' tests/kernels tests/test_moe.py tests/test_layer.py tests/test_csrc.py \
     tests/test_local_experts.py tests/test_router.py tests/conversion/test_experts_implementation.py tests/test_bench.py \
-    tests/conversion/test_parallelize.py &
+    tests/conversion/test_parallelize.py tests/test_token_exchange.py &
   part ranks 400 $PYTEST --durations=5 -m rung3 tests &
 fi
 wants demo && part demo 580 "$PYTHON" -m farskip_fused.cli demo --output "$OUT/demo" --overwrite &

@@ -123,6 +123,19 @@ def test_two_rounds_overlap_in_any_order_of_their_steps(exchange):
     assert torch.equal(ff.combine_wait(second), alone[1])
 
 
+def test_a_layer_of_the_same_shape_shares_the_slots_and_may_be_in_flight_too(exchange, monkeypatch):
+    monkeypatch.setattr(ff.FusedExperts, "is_alone", False)
+    layer = ff.FusedExperts(HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, ep=exchange.ep, max_tokens=MAX_TOKENS)
+    layer.setup()
+    assert len(exchange.ep.buffers) == 1
+    inputs, own = random_input(9), (layer.w13, layer.w2)
+    pending = layer.dispatch(*inputs)
+    handle = ff.dispatch_send(exchange, *inputs)
+    pending.experts()
+    ff.combine_send(handle, experts_of_a_user(*ff.dispatch_wait(handle), *own))
+    assert_close(ff.combine_wait(handle), pending.finish().double(), torch.float32)
+
+
 @pytest.mark.parametrize("needed", ["experts", "router weights", "hidden states"])
 def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(exchange, needed):
     hidden_states, index, weights = random_input(9)
