@@ -62,8 +62,14 @@ def main() -> None:
     layout.local_layout(torch.randint(0, 8, (1200, 2), device=DEVICE), 8, 16)  # several programs
     call_layer(5, 128, accumulate_into_main_grad=True)
     call_layer(2200, 64, scoring="sigmoid", correction_bias=True, num_groups=4, top_k_groups=2)
+    ff.FusedExperts.is_alone = False  # type: ignore[assignment,method-assign]  # a world of one takes the slots too
     memory = ff.init(device=DEVICE)
     call_layer(50, 66, ep=memory)
+    call_layer(600, 192, ep=memory)  # Hopper's kernels
+    call_layer(50, 66, ep=memory, exchange=ff.ExchangeOptions(keep_received=False))
+    call_layer(50, 66, ep=memory, exchange=ff.ExchangeOptions(combine="presummed"))
+    call_layer(50, 66, ep=memory, exchange=ff.ExchangeOptions(fp8=True))
+    ff.TokenExchange(memory, hidden_size=66, num_experts=4, top_k=2, max_tokens=50, dtype=HALF).setup()
     memory.close()
     if DEVICE == "cuda":
         torch.cuda.synchronize()
