@@ -63,8 +63,18 @@ class FarSkipLayer(Rewired):
         return streams.full if self._is_last else streams
 
 
+class FarSkipDecoder(Rewired):
+    """The behaviour of a decoder that adds what it sees in images to the outputs of its first layers: to both streams."""
+
+    def _deepstack_process(self, hidden_states: Tensor | Streams, *args: Any) -> Tensor | Streams:
+        add = super()._deepstack_process  # type: ignore[misc]
+        if isinstance(hidden_states, tuple):
+            return Streams(*(add(stream, *args) for stream in hidden_states))
+        return add(hidden_states, *args)
+
+
 def wire(
-    layers: Iterable[nn.Module],
+    decoder: nn.Module,
     anatomies: Iterable[Anatomy],
     connectivity: Connectivity,
     converted: Collection[int],
@@ -72,9 +82,11 @@ def wire(
 ) -> None:
     """Puts the FarSkip class on all layers: ``connectivity`` in those converted, standard connectivity in the others.
 
-    anatomies: of the layers, one each. config: the model's.
+    decoder: the module that holds them as ``layers``. anatomies: of the layers, one each. config: the model's.
     """
-    layers = list(layers)
+    layers = list(cast(nn.ModuleList, decoder.layers))
+    if hasattr(decoder, "_deepstack_process") and not isinstance(decoder, FarSkipDecoder):
+        decoder.__class__ = FarSkipDecoder.of(type(decoder))
     for index, (module, anatomy) in enumerate(zip(layers, anatomies, strict=True)):
         if not isinstance(module, FarSkipLayer):
             module.__class__ = FarSkipLayer.of(type(module))
@@ -86,9 +98,9 @@ def wire(
             llama4.enrol(moe_block(module, anatomy).get_submodule("experts"), config)
 
 
-def unwire(layers: Iterable[nn.Module]) -> None:
+def unwire(decoder: nn.Module) -> None:
     """Puts the stock class back on all layers; UsageError if somebody has put a further class on one."""
-    rewired = [cast(Any, layer) for layer in layers]
+    rewired = [cast(Any, layer) for layer in cast(nn.ModuleList, decoder.layers)]
     for layer in rewired:
         if "stock_class" not in vars(type(layer)):
             raise UsageError(f"A layer has class {type(layer).__name__}, put on it after convert; revert before that.")
@@ -97,6 +109,8 @@ def unwire(layers: Iterable[nn.Module]) -> None:
             llama4.dismiss(moe_block(layer, layer.anatomy).get_submodule("experts"))
         layer.__class__ = type(layer).stock_class
         del layer._connectivity, layer._anatomy, layer._is_first, layer._is_last
+    if isinstance(decoder, FarSkipDecoder):
+        cast(Any, decoder).__class__ = type(decoder).stock_class
 
 
 def moe_block(layer: nn.Module, anatomy: Anatomy) -> nn.Module:

@@ -58,9 +58,9 @@ class FarSkipModel(Rewired):
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        owner, layers = decoder(cast(PreTrainedModel, self))
-        connectivity, converted = from_record(getattr(config, "farskip", None), len(layers))
-        wire(layers, verified(owner, layers), connectivity, converted, config)
+        decoder = decoder_of(cast(PreTrainedModel, self))
+        connectivity, converted = from_record(getattr(config, "farskip", None), len(decoder.layers))
+        wire(decoder, verified(decoder), connectivity, converted, config)
 
     @classmethod
     def prepare_distribute_model(cls, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -76,21 +76,21 @@ class FarSkipModel(Rewired):
         return super().get_correct_experts_implementation(requested_experts or self._default_experts)  # type: ignore[misc]
 
 
-def decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
-    """The module that runs the decoder layers, and the layers, of a model, stock or converted.
+def decoder_of(model: PreTrainedModel) -> Any:
+    """The module that runs the decoder layers, as its ``layers``, of a model, stock or converted.
 
-    They are found by what they are: the one list of modules of which some have experts. UsageError if there is none.
+    It is found by what it is: the one module with a list of ``layers`` of which some have experts. UsageError if there
+    is none or several.
     """
     found = [
-        (owner, layers)
-        for owner in model.modules()
-        for layers in [getattr(owner, "layers", None)]
-        if isinstance(layers, nn.ModuleList)
+        module
+        for module in model.modules()
+        if isinstance(layers := getattr(module, "layers", None), nn.ModuleList)
         and any(hasattr(part, "experts") for layer in layers for part in layer.children())
     ]
     if len(found) != 1:
         what = "no MoE layer" if not found else "several stacks of MoE layers"
-        raise UsageError(f"The {type(model).__name__} has {what}, so there is nothing that could be converted.")
+        raise UsageError(f"The {type(model).__name__} has {what}; only models with one such stack can be converted.")
     return found[0]
 
 

@@ -15,7 +15,7 @@ from farskip_fused.conversion.models import (
     FarSkipConfig,
     FarSkipModel,
     checked_model,
-    decoder,
+    decoder_of,
     register,
     replace_config,
 )
@@ -44,27 +44,27 @@ def convert(
     unchanged; TypeError if ``model`` is not a transformers model.
     """
     checked = checked_model(model)
-    owner, decoder_layers = decoder(checked)
+    decoder = decoder_of(checked)
     chosen = Connectivity.named(connectivity)
-    converted = parse_layers(layers, len(decoder_layers))
+    converted = parse_layers(layers, len(decoder.layers))
     record = to_record(chosen, converted)
-    anatomies = verified(owner, decoder_layers)
+    anatomies = verified(decoder)
     if isinstance(checked, FarSkipModel):
-        wire(decoder_layers, anatomies, chosen, converted, checked.config)
+        wire(decoder, anatomies, chosen, converted, checked.config)
         checked.config.farskip = record
         return model
-    check = SelfCheck(decoder_layers, anatomies)
+    check = SelfCheck(decoder.layers, anatomies)
     register(checked.config.model_type)
     replace_config(checked, FarSkipConfig.of(type(checked.config)), farskip=record)
     checked.__class__ = FarSkipModel.of(type(checked))
-    wire(decoder_layers, anatomies, Connectivity.standard(), converted, checked.config)
+    wire(decoder, anatomies, Connectivity.standard(), converted, checked.config)
     if not check.passes():
         revert(checked)
         raise UsageError(
             f"With standard connectivity, the layers of {type(checked).__name__} would compute something else than"
             " stock; this version of transformers, or a change to the model, is not supported."
         )
-    wire(decoder_layers, anatomies, chosen, converted, checked.config)
+    wire(decoder, anatomies, chosen, converted, checked.config)
     choose_kernels(checked)
     return model
 
@@ -79,12 +79,12 @@ def revert(model: Model) -> Model:
         return model
     if "stock_class" not in vars(type(checked)):
         raise UsageError(f"The model has class {type(checked).__name__}, put on it after convert; revert before that.")
-    layers = [cast(FarSkipLayer, layer) for layer in decoder(checked)[1]]
-    if any(layer.anatomy.block and layer.anatomy.block.scales_inputs for layer in layers):
+    decoder = decoder_of(checked)
+    if any(layer.anatomy.block and layer.anatomy.block.scales_inputs for layer in decoder.layers):
         if any(not isinstance(block.get_submodule("experts"), Llama4Experts) for _, block in moe_blocks(model)):
             raise UsageError("The experts were replaced after convert, and the stock block cannot call them.")
         checked.config._experts_implementation = "eager"
-    unwire(cast(Any, layers))
+    unwire(decoder)
     replace_config(checked, cast(Any, type(checked.config)).stock_class, farskip=None)
     checked.__class__ = type(checked).stock_class
     return model
@@ -95,7 +95,7 @@ def connectivity_of(model: nn.Module) -> list[Connectivity]:
     layers = _farskip_layers(model)
     if layers:
         return [layer.connectivity for layer in layers]
-    return [Connectivity.standard()] * len(decoder(checked_model(model))[1])
+    return [Connectivity.standard()] * len(decoder_of(checked_model(model)).layers)
 
 
 @contextmanager
@@ -125,7 +125,7 @@ def moe_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     ``experts.down_proj`` [E, H, I]; Llama-4's are [E, H, 2I] and [E, I, H].
     """
     checked = checked_model(model)
-    found = [part for layer in decoder(checked)[1] for part in layer.children() if hasattr(part, "experts")]
+    found = [part for layer in decoder_of(checked).layers for part in layer.children() if hasattr(part, "experts")]
     names = {id(module): name for name, module in checked.named_modules()}
     return [(names[id(block)], block) for block in found]
 

@@ -17,14 +17,13 @@ from farskip_fused.conversion.layers import FarSkipLayer, moe_block
 from farskip_fused.errors import UsageError
 
 
-def verified(owner: nn.Module, layers: Iterable[nn.Module]) -> list[Anatomy]:
-    """The anatomies of a model's decoder layers, stock or converted.
+def verified(decoder: Any) -> list[Anatomy]:
+    """The anatomies of the ``layers`` of a decoder, stock or converted.
 
-    owner: the module whose forward runs the layers.
     Raises UsageError, with the layer and the reason, for one that is no stock pre-norm layer, and if none has experts.
     """
     anatomies = []
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(decoder.layers):
         if isinstance(layer, FarSkipLayer):
             anatomies.append(layer.anatomy)
             continue
@@ -34,38 +33,32 @@ def verified(owner: nn.Module, layers: Iterable[nn.Module]) -> list[Anatomy]:
             raise UsageError(f"Layer {index} ({type(layer).__name__}) cannot be converted: {reason}.") from None
     if not any(anatomy.block for anatomy in anatomies):
         raise UsageError("The model has no MoE layer, so there is nothing to convert.")
-    if not _passes_on_unchanged(type(owner)):
+    if not _passes_on_unchanged(type(decoder)):
         raise UsageError(
-            f"{type(owner).__name__} does more between its layers than pass on hidden states; it cannot be converted."
+            f"{type(decoder).__name__} does more between its layers than pass on hidden states; it cannot be converted."
         )
     return anatomies
 
 
-def _passes_on_unchanged(owner: type) -> bool:
-    """Whether the loop over the layers uses their outputs for nothing but the next layer's input."""
-    source = textwrap.dedent(inspect.getsource(inspect.unwrap(cast(Any, owner).forward)))
-    loops = [
-        loop
-        for loop in ast.walk(ast.parse(source))
-        if isinstance(loop, ast.For) and "self.layers" in ast.unparse(loop.iter)
-    ]
-    for loop in loops:
-        uses = [name for name in ast.walk(loop) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Load)]
-        uses = [name for name in uses if name.id in ("hidden_states", "layer_outputs")]
-        handed_on = [
-            value
-            for node in ast.walk(loop)
-            for value in (
-                node.args[:1]
-                if isinstance(node, ast.Call) and ast.unparse(node.func) in ("decoder_layer", "layer")
-                else [node.value]
-                if isinstance(node, ast.Assign)
-                else []
-            )
-        ]
-        if any(all(use is not value for value in handed_on) for use in uses):
-            return False
-    return len(loops) == 1
+# What may be done to hidden states between two layers: FarSkip's decoder does it to both streams.
+BETWEEN_LAYERS = "self._deepstack_process"
+
+
+def _passes_on_unchanged(decoder: type) -> bool:
+    """Whether the loop over the layers uses what they return as the next layer's first argument only."""
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(cast(Any, decoder).forward)))
+    loops = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.For)]
+    loops = [loop for loop in loops if "self.layers" in ast.unparse(loop.iter)]
+    if len(loops) != 1:
+        return False
+    permitted: list[ast.expr] = []
+    for node in ast.walk(loops[0]):
+        if isinstance(node, ast.Assign):
+            permitted.append(node.value)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("decoder_layer", "layer", BETWEEN_LAYERS):
+            permitted += node.args[:1]
+    names = [node for node in ast.walk(loops[0]) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+    return all(name in permitted for name in names if name.id in ("hidden_states", "layer_outputs"))
 
 
 class SelfCheck:

@@ -67,6 +67,14 @@ LLAMA4: dict[str, Any] = {
     "attention_chunk_size": 8,
     "attn_temperature_tuning": False,
 }
+DOTS3: dict[str, Any] = (
+    DEEPSEEK
+    | LATENT
+    | INDEXER
+    | SLIDING
+    | ONE_DENSE
+    | {"head_dim": 16, "n_group": 2, "topk_group": 1, "shared_experts_intermediate_size": 16}
+)
 ARIA = {"moe_num_experts": 8, "moe_topk": 3, "moe_num_shared_experts": 2, "intermediate_size": 16}
 VISION: dict[str, Any] = {
     "hidden_size": 16,
@@ -86,19 +94,18 @@ TEXT: dict[str, dict[str, Any]] = {
     "aria_text": ARIA,
     "axk2": DEEPSEEK | LATENT | GROUPS | INDEXER | ONE_DENSE,
     "bailing_hybrid": DEEPSEEK | LATENT | GROUPS | LINEAR | {"head_dim": 8, "num_experts": 8},
-    "deepseek_ocr2_text": DEEPSEEK | GROUPS | {"topk_method": "group_limited_greedy"} | ONE_DENSE,
     "deepseek_v2": DEEPSEEK | LATENT | GROUPS | {"q_lora_rank": None, "topk_method": "group_limited_greedy"},
     "deepseek_v3": DEEPSEEK | LATENT | GROUPS,
     "deepseek_v32": DEEPSEEK | LATENT | GROUPS | INDEXER | ONE_DENSE,
     "dots1": DEEPSEEK | {"head_dim": 8, "n_group": 2, "topk_group": 1},
-    "dots3_note_text": DEEPSEEK | {"head_dim": 8, "n_group": 2, "topk_group": 1} | SLIDING | ONE_DENSE,
+    "dots3_note_text": DOTS3,
     "ernie4_5_moe": {"moe_intermediate_size": 16, "moe_num_experts": 8, "moe_k": 3, "moe_layer_interval": 2},
     "exaone_moe": DEEPSEEK | {"num_experts": 8, "num_shared_experts": 1, "n_group": 2, "topk_group": 1, "head_dim": 8}
-    | SLIDING | MIXED_DENSE,
+    | SLIDING
+    | MIXED_DENSE,
     "flint": QWEN | SLIDING | MIXED_DENSE | {"shared_expert_intermediate_size": 24},
     "glm4_moe": DEEPSEEK | {"head_dim": 8, "n_group": 2, "topk_group": 1},
     "glm4_moe_lite": DEEPSEEK | LATENT | ONE_DENSE,
-    "glm4v_moe_text": DEEPSEEK | {"head_dim": 8, "n_group": 2, "topk_group": 1},
     "gpt_oss": {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 8, "num_key_value_heads": 2} | SLIDING,
     "granitemoe": GRANITE,
     "granitemoe_swa": GRANITE | SLIDING | {"shared_intermediate_size": 24},
@@ -130,7 +137,19 @@ TEXT: dict[str, dict[str, Any]] = {
     "laguna": QWEN | MIXED_DENSE | {"shared_expert_intermediate_size": 24} | SLIDING,
     "llama4_text": LLAMA4,
     "mellum": QWEN | MIXED_DENSE | SLIDING,
-    "mimo_v2_flash": QWEN | SLIDING | MIXED_DENSE | {"v_head_dim": 8, "n_group": 1, "topk_group": 1},
+    "mimo_v2_flash": QWEN
+    | SLIDING
+    | MIXED_DENSE
+    | {
+        "v_head_dim": 8,
+        "num_key_value_heads": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+            for kind in ("full_attention", "sliding_attention")
+        },
+    },
     "minimax_m2": {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 8, "rotary_dim": 4},
     "mistral4": DEEPSEEK | LATENT | {"n_group": 2, "topk_group": 1},
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 8},
@@ -142,3 +161,64 @@ TEXT: dict[str, dict[str, Any]] = {
     "qwen3_next": QWEN | DELTA | LINEAR | {"shared_expert_intermediate_size": 24},
     "solar_open": DEEPSEEK | {"head_dim": 8, "n_group": 1, "topk_group": 1},
 }
+_SAM = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "output_channels": 8}
+_OCR = {"mlp_dim": 32, "downsample_channels": [12, 16], "global_attn_indexes": [0], "window_size": 2}
+_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}}
+PATCHES = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32, "patch_size": 4}
+# Text and vision part of models that read images too.
+IMAGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "aria": (ARIA, VISION | {"model_type": "idefics3_vision"}),
+    "deepseek_ocr2": (
+        DEEPSEEK | GROUPS | {"topk_method": "group_limited_greedy"} | ONE_DENSE,
+        {"sam_config": _SAM | _OCR, "encoder_config": VISION | {"num_key_value_heads": 2}},
+    ),
+    "dots3_note": (
+        DOTS3,
+        VISION | {"num_local_experts": 4, "num_experts_per_tok": 2, "mlp_layer_types": ["dense"], "adapter_in_dim": 16, "adapter_out_dim": 32},
+    ),
+    "glm4v_moe": (DEEPSEEK | {"n_group": 2, "topk_group": 1} | _ROPE, PATCHES),
+    "llama4": (LLAMA4, LLAMA4_VISION),
+    "minimax_m3_vl": (
+        {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 8, "rotary_dim": 4, "index_n_heads": 2}
+        | {"index_head_dim": 8, "index_block_size": 4, "dense_intermediate_size": 24, "shared_intermediate_size": 16}
+        | ONE_DENSE,
+        VISION,
+    ),
+    "qwen3_5_moe": (QWEN | DELTA | LINEAR | {"shared_expert_intermediate_size": 24} | _ROPE, PATCHES),
+    "qwen3_vl_moe": (QWEN | _ROPE, PATCHES | {"deepstack_visual_indexes": [0]}),
+    "step3p7": (
+        QWEN | SLIDING | MIXED_DENSE | {"n_routed_experts": 8, "num_local_experts": 8, "share_expert_dim": 24},
+        VISION,
+    ),
+    "unlimited_ocr": (
+        DEEPSEEK | GROUPS | {"topk_method": "group_limited_greedy"} | ONE_DENSE,
+        {"sam_config": _SAM | _OCR, "encoder_config": VISION},
+    ),
+}
+
+
+def build(model_type: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> Any:
+    """A stock model in eval mode, the same one at every call; overrides: entries of the (text part's) configuration."""
+    torch.manual_seed(0)
+    if model_type in IMAGES:
+        text, vision = IMAGES[model_type]
+        settings = {"text_config": COMMON | text | overrides, "vision_config": vision, **_IMAGE_TOKENS}
+    else:
+        settings = COMMON | TEXT[model_type] | overrides
+    config = transformers.AutoConfig.for_model(model_type, **({"experts_implementation": "eager"} | settings))
+    reads_images = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    auto: Any = transformers.AutoModelForImageTextToText if reads_images else transformers.AutoModelForCausalLM
+    model = auto.from_config(config, dtype=dtype)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            torch.nn.init.uniform_(buffer, 0.0, 0.2)
+    # As it is, a Llama-4 that reads images would lose the imaginary parts of its rotations.
+    return (model if model_type == "llama4" else model.to(dtype)).eval()
+
+
+_IMAGE_TOKENS = {
+    "audio_config": {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "adapter_out_dim": 32},
+    "image_token_id": 60, "image_token_index": 60, "projector_hidden_size": 32}
+
+
+ALL = [*TEXT, *IMAGES]
