@@ -72,9 +72,12 @@ class Block:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A decoder layer. mlp: the name of its MLP or MoE block; mlp_norm: of the norm before it; shared: of shared experts
-    beside the block instead of in it; multiplied: whether ``residual_multiplier`` scales what is added; block: the MoE
-    block's parts, None in a dense layer."""
+    """The parts of a decoder layer, and how they are used.
+
+    mlp: the name of its MLP or MoE block. mlp_norm: of the norm before that. shared: of shared experts beside the block
+    instead of in it. multiplied: whether ``residual_multiplier`` scales all that is added. block: the parts of the MoE
+    block, None in a dense layer.
+    """
 
     attention: AttentionCall
     mlp_norm: str
@@ -186,7 +189,7 @@ def _scales_inputs(block: nn.Module) -> bool:
     experts = block.get_submodule("experts")
     if not llama4.is_stock(experts):
         raise ValueError(
-            f"its experts are {type(experts).__name__}, not Llama-4's own; convert before they are replaced or quantised"
+            f"its experts are {type(experts).__name__}, not Llama-4's own; convert before they are changed"
         )
     return True
 
@@ -320,15 +323,15 @@ def _read_attention_half(
     layer: nn.Module, function: ast.FunctionDef, lines: list[ast.stmt]
 ) -> tuple[AttentionCall, bool]:
     """The call between ``input_layernorm`` and the addition, and whether what is added is multiplied."""
-    norm, call, addition = (ast.unparse(line) for line in lines) if len(lines) == 3 else ("", "", "")
+    norm, addition = ast.unparse(lines[0]), ast.unparse(lines[-1])
     added = re.fullmatch(rf"hidden_states = residual \+ (\w+)( \* self\.{MULTIPLIER})?", addition)
-    if norm != "hidden_states = self.input_layernorm(hidden_states)" or not added:
+    if len(lines) != 3 or norm != "hidden_states = self.input_layernorm(hidden_states)" or not added:
         raise ValueError("it does not compute what a stock pre-norm layer does")
     return _read_call(layer, function, lines[1], added[1]), added[2] is not None
 
 
 def _read_call(layer: nn.Module, function: ast.FunctionDef, line: ast.stmt, output: str) -> AttentionCall:
-    while isinstance(line, ast.If):  # one kind of layer or the other
+    while isinstance(line, ast.If):  # one kind of layer or another
         chosen = line.body if _holds(layer, ast.unparse(line.test)) else line.orelse
         if len(chosen) != 1:
             raise ValueError("it does not compute what a stock pre-norm layer does")
@@ -355,4 +358,3 @@ def _holds(layer: nn.Module, condition: str) -> bool:
     if found := re.fullmatch(r"self\.(\w+) is not None", condition):
         return getattr(layer, found[1], None) is not None
     raise ValueError(f"it depends on {condition}, which is unknown here")
-

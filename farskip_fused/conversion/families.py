@@ -1,8 +1,8 @@
 """The names of model families: of transformers' types, and of their converted checkpoints. Free of torch.
 
 What a family's layers look like is not written down here but read from them (anatomy.py); this list only says which
-types transformers' Auto classes shall know in their converted form. A model of a type that is not listed converts too if
-its layers are built alike.
+types transformers' Auto classes shall know in their converted form. A model of another type converts too if its layers
+are built alike.
 """
 
 from __future__ import annotations

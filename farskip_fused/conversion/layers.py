@@ -64,7 +64,7 @@ class FarSkipLayer(Rewired):
 
 
 class FarSkipDecoder(Rewired):
-    """The behaviour of a decoder that adds what it sees in images to the outputs of its first layers: to both streams."""
+    """The behaviour of a decoder that adds what is seen in images to what its first layers return: to both streams."""
 
     def _deepstack_process(self, hidden_states: Tensor | Streams, *args: Any) -> Tensor | Streams:
         add = super()._deepstack_process  # type: ignore[misc]

@@ -111,7 +111,9 @@ def checked_stock_classes(model_type: str) -> tuple[type[PreTrainedConfig], type
     """Those of ``stock_classes``; UsageError if there are none."""
     found = stock_classes(model_type)
     if found is None:
-        raise UsageError(f"The installed transformers has no language model of type {model_type!r}; install a newer one.")
+        raise UsageError(
+            f"The installed transformers has no language model of type {model_type!r}; install a newer one."
+        )
     return found
 
 
@@ -168,6 +170,7 @@ def checked_model(model: Any) -> PreTrainedModel:
         raise UsageError("The model is one stage of a pipeline, whose stages pass on one tensor; FarSkip needs two.")
     stock = checked_stock_classes(stock_type(model.config.model_type))
     if not isinstance(model, stock[1]):
-        raise UsageError(f"A {type(model).__name__} was given; only the whole model, {stock[1].__name__}, is converted.")
+        raise UsageError(
+            f"A {type(model).__name__} was given; only the whole model, {stock[1].__name__}, is converted."
+        )
     return model
-

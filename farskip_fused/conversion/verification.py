@@ -70,13 +70,19 @@ class SelfCheck:
     """
 
     def __init__(self, layers: Iterable[nn.Module], anatomies: Iterable[Anatomy]) -> None:
-        found = {anatomy.block is None: (layer, anatomy) for layer, anatomy in reversed([*zip(layers, anatomies)])}
+        found = {
+            anatomy.block is None: (layer, anatomy)
+            for layer, anatomy in reversed([*zip(layers, anatomies, strict=True)])
+        }
         self.layers = [(*pair, _arguments(pair[0])) for pair in found.values() if _can_run(*pair)]
         self.before = [_run(*layer) for layer in self.layers]
 
     def passes(self) -> bool:
         """Whether the layers, now with FarSkip's class and standard connectivity, still do the same."""
-        return all(_same(_run(*layer), before) for layer, before in zip(self.layers, self.before, strict=True))
+        return all(
+            _same(_run(layer, anatomy, arguments), before, exact=not (anatomy.block and anatomy.block.scales_inputs))
+            for (layer, anatomy, arguments), before in zip(self.layers, self.before, strict=True)
+        )
 
 
 def _can_run(layer: nn.Module, anatomy: Anatomy) -> bool:
@@ -130,11 +136,12 @@ def _run(layer: nn.Module, anatomy: Anatomy, arguments: dict[str, str]) -> tuple
     return (output[0] if isinstance(output, tuple) else output), stand_in.given
 
 
-def _same(found: tuple[Tensor, dict[str, Any]], expected: tuple[Tensor, dict[str, Any]]) -> bool:
+def _same(found: tuple[Tensor, dict[str, Any]], expected: tuple[Tensor, dict[str, Any]], *, exact: bool) -> bool:
     (output, given), (stock_output, stock_given) = found, expected
     if given != stock_given:
         return False
-    if output.device.type == "cpu":
+    if exact and output.device.type == "cpu":
         return torch.equal(output, stock_output)
-    # On a GPU the rounding of a product may depend on the shape; a missing factor or term is far larger.
+    # On a GPU the rounding of a product may depend on the shape, and Llama-4's experts are added up in another order if
+    # a token has several; a missing factor or term is far larger.
     return bool((output - stock_output).abs().max() <= 0.05 * stock_output.abs().max())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import pytest
@@ -13,12 +13,22 @@ from torch import Tensor
 from tests.conversion import tiny_models
 
 # One of each kind of layer and block: these run in every test session, all the others under the mark "full".
-TYPICAL = ["deepseek_v3", "qwen2_moe", "qwen3_moe", "gpt_oss", "granitemoeshared", "qwen3_next", "laguna", "llama4_text"]
+TYPICAL = [
+    "deepseek_v3",
+    "qwen2_moe",
+    "qwen3_moe",
+    "gpt_oss",
+    "granitemoeshared",
+    "qwen3_next",
+    "laguna",
+    "llama4_text",
+]
 
 
-def families(fast: list[str] = TYPICAL) -> list[Any]:
-    """All families as parameters of a test, those that are not ``fast`` under the mark "full"."""
-    return [name if name in fast else pytest.param(name, marks=pytest.mark.full) for name in tiny_models.ALL]
+def families(fast: list[str] = TYPICAL, without: Collection[str] = ()) -> list[Any]:
+    """All families but some as parameters of a test, those that are not ``fast`` under the mark "full"."""
+    chosen = [name for name in tiny_models.ALL if name not in without]
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.full) for name in chosen]
 
 
 @pytest.fixture(autouse=True)

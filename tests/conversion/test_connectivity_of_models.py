@@ -38,7 +38,7 @@ def test_every_family_equals_the_paper(family: str, tiny: Any, tokens: Any, pape
             assert (state - reference).abs().max() == 0.0, connectivity
 
 
-# Sub-ranges of every family; the fast ones have a dense first layer and shared experts, dense ones between, and neither.
+# The fast ones have a dense first layer and shared experts, dense layers between, and neither.
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("connectivity", ["farskip", "attention_only", "moe_only"])
 @pytest.mark.parametrize("family", families(["deepseek_v3", "qwen2_moe", "qwen3_moe"]))

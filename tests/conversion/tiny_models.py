@@ -1,4 +1,4 @@
-"""Configurations of tiny random models, by transformers' type: 5 layers with dense ones among them where a family can."""
+"""Tiny random models by transformers' type: five layers, dense ones among them where the family can have some."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ ONE_DENSE = {"mlp_layer_types": ["dense"] + ["sparse"] * 4}
 MIXED_DENSE = {"mlp_layer_types": ["dense", "sparse", "dense", "sparse", "sparse"]}
 INDEXER = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 4}
 SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]}
-LINEAR = {"layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention", "full_attention"]}
+LINEAR = {
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention", "full_attention"]
+}
 DELTA: dict[str, Any] = {
     "linear_conv_kernel_dim": 3,
     "linear_key_head_dim": 8,
@@ -74,6 +76,8 @@ DOTS3: dict[str, Any] = (
     | SLIDING
     | ONE_DENSE
     | {"head_dim": 16, "n_group": 2, "topk_group": 1, "shared_experts_intermediate_size": 16}
+    | {"swa_num_attention_heads": 2, "swa_num_key_value_heads": 2, "swa_q_lora_rank": 8, "swa_kv_lora_rank": 8}
+    | {"swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8}
 )
 ARIA = {"moe_num_experts": 8, "moe_topk": 3, "moe_num_shared_experts": 2, "intermediate_size": 16}
 VISION: dict[str, Any] = {
@@ -100,7 +104,8 @@ TEXT: dict[str, dict[str, Any]] = {
     "dots1": DEEPSEEK | {"head_dim": 8, "n_group": 2, "topk_group": 1},
     "dots3_note_text": DOTS3,
     "ernie4_5_moe": {"moe_intermediate_size": 16, "moe_num_experts": 8, "moe_k": 3, "moe_layer_interval": 2},
-    "exaone_moe": DEEPSEEK | {"num_experts": 8, "num_shared_experts": 1, "n_group": 2, "topk_group": 1, "head_dim": 8}
+    "exaone_moe": DEEPSEEK
+    | {"num_experts": 8, "num_shared_experts": 1, "n_group": 2, "topk_group": 1, "head_dim": 8}
     | SLIDING
     | MIXED_DENSE,
     "flint": QWEN | SLIDING | MIXED_DENSE | {"shared_expert_intermediate_size": 24},
@@ -163,8 +168,15 @@ TEXT: dict[str, dict[str, Any]] = {
 }
 _SAM = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "output_channels": 8}
 _OCR = {"mlp_dim": 32, "downsample_channels": [12, 16], "global_attn_indexes": [0], "window_size": 2}
-_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}}
-PATCHES = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32, "patch_size": 4}
+_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}
+PATCHES = {
+    "depth": 1,
+    "hidden_size": 16,
+    "num_heads": 2,
+    "intermediate_size": 32,
+    "out_hidden_size": 32,
+    "patch_size": 4,
+}
 # Text and vision part of models that read images too.
 IMAGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "aria": (ARIA, VISION | {"model_type": "idefics3_vision"}),
@@ -174,9 +186,16 @@ IMAGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "dots3_note": (
         DOTS3,
-        VISION | {"num_local_experts": 4, "num_experts_per_tok": 2, "mlp_layer_types": ["dense"], "adapter_in_dim": 16, "adapter_out_dim": 32},
+        VISION
+        | {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "mlp_layer_types": ["dense"],
+            "adapter_in_dim": 16,
+            "adapter_out_dim": 32,
+        },
     ),
-    "glm4v_moe": (DEEPSEEK | {"n_group": 2, "topk_group": 1} | _ROPE, PATCHES),
+    "glm4v_moe": (DEEPSEEK | {"n_group": 2, "topk_group": 1} | {"rope_parameters": _ROPE}, PATCHES),
     "llama4": (LLAMA4, LLAMA4_VISION),
     "minimax_m3_vl": (
         {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 8, "rotary_dim": 4, "index_n_heads": 2}
@@ -184,8 +203,11 @@ IMAGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         | ONE_DENSE,
         VISION,
     ),
-    "qwen3_5_moe": (QWEN | DELTA | LINEAR | {"shared_expert_intermediate_size": 24} | _ROPE, PATCHES),
-    "qwen3_vl_moe": (QWEN | _ROPE, PATCHES | {"deepstack_visual_indexes": [0]}),
+    "qwen3_5_moe": (
+        QWEN | DELTA | LINEAR | {"shared_expert_intermediate_size": 24} | {"rope_parameters": _ROPE},
+        PATCHES,
+    ),
+    "qwen3_vl_moe": (QWEN | {"rope_parameters": _ROPE}, PATCHES | {"deepstack_visual_indexes": [0]}),
     "step3p7": (
         QWEN | SLIDING | MIXED_DENSE | {"n_routed_experts": 8, "num_local_experts": 8, "share_expert_dim": 24},
         VISION,
@@ -200,11 +222,12 @@ IMAGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def build(model_type: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> Any:
     """A stock model in eval mode, the same one at every call; overrides: entries of the (text part's) configuration."""
     torch.manual_seed(0)
-    if model_type in IMAGES:
-        text, vision = IMAGES[model_type]
-        settings = {"text_config": COMMON | text | overrides, "vision_config": vision, **_IMAGE_TOKENS}
-    else:
-        settings = COMMON | TEXT[model_type] | overrides
+    text, vision = IMAGES[model_type] if model_type in IMAGES else (TEXT[model_type], None)
+    text = COMMON | text | overrides
+    count = text["num_hidden_layers"]
+    text |= {kinds: text[kinds][-count:] for kinds in ["layer_types"] if kinds in text}
+    text |= {kinds: text[kinds][:count] for kinds in ["mlp_layer_types"] if kinds in text}
+    settings = text if vision is None else {"text_config": text, "vision_config": vision, **_IMAGE_TOKENS}
     config = transformers.AutoConfig.for_model(model_type, **({"experts_implementation": "eager"} | settings))
     reads_images = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     auto: Any = transformers.AutoModelForImageTextToText if reads_images else transformers.AutoModelForCausalLM
@@ -217,8 +240,17 @@ def build(model_type: str, dtype: torch.dtype = torch.float64, **overrides: Any)
 
 
 _IMAGE_TOKENS = {
-    "audio_config": {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "adapter_out_dim": 32},
-    "image_token_id": 60, "image_token_index": 60, "projector_hidden_size": 32}
+    "audio_config": {
+        "num_hidden_layers": 1,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "adapter_input_size": 16,
+        "adapter_out_dim": 32,
+    },
+    "image_token_id": 60,
+    "image_token_index": 60,
+    "projector_hidden_size": 32,
+}
 
 
 ALL = [*TEXT, *IMAGES]
