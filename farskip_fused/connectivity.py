@@ -87,24 +87,29 @@ def advance(
     connectivity: Connectivity,
     attention: Callable[[Tensor], Tensor],
     mlp: Callable[[Tensor], tuple[Tensor | None, Tensor | None]],
+    multiplier: float = 1.0,
 ) -> Streams:
     """One layer, without overlap: the oracle of everything that overlaps.
 
     attention: norm and attention, from a stream to an output of the same shape.
     mlp: norm and MLP; returns ``(shared, routed)``. A dense layer returns ``(output, None)``, an MoE without shared
         experts ``(None, routed)``.
+    multiplier: scales everything that is added to a stream, as in Granite.
     The order of additions, ``(full + attention) + (routed + shared)``, is that of the stock models, so that standard
     connectivity is bit-equal to them.
     """
-    attended = attention(streams.partial if connectivity.attention_reads_partial else streams.full)
-    base = streams.full + attended
+
+    def scaled(output: Tensor) -> Tensor:
+        return output if multiplier == 1.0 else output * multiplier
+
+    base = streams.full + scaled(attention(streams.partial if connectivity.attention_reads_partial else streams.full))
     shared, routed = mlp(streams.full if connectivity.mlp_reads_before_attention else base)
     if routed is None:
-        full = base if shared is None else base + shared
+        full = base if shared is None else base + scaled(shared)
         return Streams(full, full)
     if shared is None:
-        return Streams(base + routed, base)
-    return Streams(base + (routed + shared), base + shared)
+        return Streams(base + scaled(routed), base)
+    return Streams(base + scaled(routed + shared), base + scaled(shared))
 
 
 def parse_layers(layers: str | int | Iterable[int], num_layers: int) -> list[int]:

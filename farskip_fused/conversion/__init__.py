@@ -14,7 +14,7 @@ except ModuleNotFoundError as error:
 from farskip_fused import transformers_experts  # noqa: F401
 from farskip_fused.conversion.checkpoints import check_checkpoint, convert_checkpoint, load
 from farskip_fused.conversion.families import FAMILIES
-from farskip_fused.conversion.models import register
+from farskip_fused.conversion.models import register_all
 from farskip_fused.conversion.parallel_experts import parallelize
 from farskip_fused.conversion.rewiring import as_teacher, connectivity_of, convert, moe_blocks, revert
 
@@ -31,4 +31,4 @@ __all__ = [
     "revert",
 ]
 
-register()
+register_all()

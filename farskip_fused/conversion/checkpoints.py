@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from farskip_fused.connectivity import Connectivity, parse_layers
-from farskip_fused.conversion.families import CLASS_PREFIX
+from farskip_fused.conversion.families import CLASS_PREFIX, TYPE_PREFIX
 from farskip_fused.conversion.llama4 import choose_kernels
-from farskip_fused.conversion.models import stock_classes
+from farskip_fused.conversion.models import checked_stock_classes, register
 from farskip_fused.conversion.record import from_record, to_record
 from farskip_fused.conversion.stored import CONFIG, StoredCheckpoint, compare_names, read_checkpoint, some
 from farskip_fused.errors import UsageError
@@ -42,7 +42,7 @@ def load(path: str | os.PathLike[str], **from_pretrained_kwargs: Any) -> PreTrai
         names = sorted(str(name) for name in report[f"{kind}_keys"])
         if names:
             raise UsageError(f"{stored.path} is not complete: {kind} tensors {some(names)}.")
-    if stored.family.scales_inputs and "experts_implementation" not in from_pretrained_kwargs:
+    if "experts_implementation" not in from_pretrained_kwargs:
         choose_kernels(model)
     return model
 
@@ -139,9 +139,11 @@ def describe(stored: StoredCheckpoint) -> dict[str, Any]:
 def _require_farskip(stored: StoredCheckpoint) -> None:
     if not stored.is_farskip:
         raise UsageError(
-            f"{stored.path} is a stock {stored.family.model_type} checkpoint, not a FarSkip one;"
+            f"{stored.path} is a stock {stored.stock_type} checkpoint, not a FarSkip one;"
             " convert it with `farskip convert`."
         )
+    checked_stock_classes(stored.stock_type)
+    register(stored.stock_type)
     from_record(stored.config.get("farskip"), stored.num_layers)
 
 
@@ -150,17 +152,14 @@ def _farskip_config(stored: StoredCheckpoint) -> dict[str, Any]:
 
     ``auto_map`` names code that comes with a checkpoint and knows nothing of FarSkip, so it is left out.
     """
-    stock = stock_classes(stored.family)
-    if stock is None:
-        raise UsageError(f"The installed transformers has no {stored.family.model_type}; install a newer one.")
-    stock_name = stock[1].__name__
+    stock_name = checked_stock_classes(stored.stock_type)[1].__name__
     written = stored.config.get("architectures") or [stock_name]
     if [str(name).removeprefix(CLASS_PREFIX) for name in written] != [stock_name]:
         raise UsageError(
-            f"{stored.path} has architectures {written}, but model_type {stored.family.model_type}; only {stock_name}"
+            f"{stored.path} has architectures {written}, but model_type {stored.stock_type}; only {stock_name}"
             " is supported."
         )
-    identity = {"model_type": stored.family.farskip_type, "architectures": [CLASS_PREFIX + stock_name]}
+    identity = {"model_type": TYPE_PREFIX + stored.stock_type, "architectures": [CLASS_PREFIX + stock_name]}
     return {name: value for name, value in stored.config.items() if name != "auto_map"} | identity
 
 

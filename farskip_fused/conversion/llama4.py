@@ -19,7 +19,7 @@ from farskip_fused.kernels.machine import INTERPRETED
 from farskip_fused.local_experts import DTYPES
 from farskip_fused.transformers_experts import NAME, is_silu
 
-STOCK_CLASS = "Llama4TextExperts"
+STOCK_CLASS, STOCK_BLOCK = "Llama4TextExperts", "Llama4TextMoe"
 
 
 class Llama4Experts(Rewired):

@@ -7,6 +7,7 @@ all, instead of loading as the stock model, which would run and be wrong.
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any, cast
 
 import transformers
@@ -20,11 +21,12 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from farskip_fused.conversion.families import CLASS_PREFIX, FAMILIES, Family, family_of
+from farskip_fused.conversion import llama4
+from farskip_fused.conversion.families import CLASS_PREFIX, FAMILIES, TYPE_PREFIX, stock_type
 from farskip_fused.conversion.layers import wire
 from farskip_fused.conversion.record import from_record
 from farskip_fused.conversion.rewired import Rewired
-from farskip_fused.conversion.verification import verify_layers
+from farskip_fused.conversion.verification import verified
 from farskip_fused.errors import UsageError
 
 
@@ -33,54 +35,86 @@ class FarSkipConfig(Rewired):
 
     @classmethod
     def _attributes(cls, stock: type) -> dict[str, Any]:
-        family = family_of(stock.model_type)  # type: ignore[attr-defined]
+        farskip_type = TYPE_PREFIX + stock.model_type  # type: ignore[attr-defined]
         # Not of transformers' module: older releases do not register a configuration of their own a second time.
-        return {"__name__": CLASS_PREFIX + stock.__name__, "__module__": __name__, "model_type": family.farskip_type}
+        return {"__name__": CLASS_PREFIX + stock.__name__, "__module__": __name__, "model_type": farskip_type}
 
 
 class FarSkipModel(Rewired):
     """The behaviour of a converted model: it is built with the connectivity of its configuration."""
 
+    supports_pp_plan = False
+    _default_experts: str | None = None
+
     @classmethod
     def _attributes(cls, stock: type) -> dict[str, Any]:
         config_class = FarSkipConfig.of(stock.config_class)  # type: ignore[attr-defined]
         attributes = {"__name__": CLASS_PREFIX + stock.__name__, "config_class": config_class}
-        if family_of(stock.config_class.model_type).scales_inputs:  # type: ignore[attr-defined]
-            # Converting gives Llama-4's experts a choice that transformers does not find in its source.
-            attributes["_can_set_experts_implementation_cached_value"] = True
+        if hasattr(sys.modules[stock.__module__], llama4.STOCK_CLASS):
+            # Converting gives Llama-4's experts a choice that transformers does not find in its source; its default is
+            # not one for the modules inside.
+            attributes |= {"_can_set_experts_implementation_cached_value": True, "_default_experts": "eager"}
         return attributes
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        layers = decoder_layers(cast(PreTrainedModel, self))
-        connectivity, converted = from_record(getattr(config, "farskip", None), len(layers))
-        family = family_of(config.model_type)
-        verify_layers(layers, family)
-        wire(layers, family, connectivity, converted, config)
+        decoder = decoder_of(cast(PreTrainedModel, self))
+        connectivity, converted = from_record(getattr(config, "farskip", None), len(decoder.layers))
+        wire(decoder, verified(decoder), connectivity, converted, config)
+
+    @classmethod
+    def prepare_distribute_model(cls, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
+        given = distributed_config if isinstance(distributed_config, dict) else vars(distributed_config or object)
+        if (given.get("pp_size") or 1) > 1:
+            raise UsageError(
+                f"pp_size is {given['pp_size']}, but pipeline stages pass on one tensor and FarSkip's layers two; use"
+                " tensor, expert or data parallelism."
+            )
+        return super().prepare_distribute_model(distributed_config, *args, **kwargs)  # type: ignore[misc]
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        if requested_experts is None and family_of(cast(Any, self).config.model_type).scales_inputs:
-            requested_experts = "eager"  # transformers' default is not one for the modules inside Llama-4
-        return super().get_correct_experts_implementation(requested_experts)  # type: ignore[misc]
+        return super().get_correct_experts_implementation(requested_experts or self._default_experts)  # type: ignore[misc]
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers of a supported model, stock or converted."""
-    return cast(Any, getattr(model, "language_model", model)).model.layers
+def decoder_of(model: PreTrainedModel) -> Any:
+    """The module that runs the decoder layers, as its ``layers``, of a model, stock or converted.
 
-
-def stock_classes(family: Family) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]] | None:
-    """Configuration and model class of the family; None if the installed transformers does not have it.
-
-    The class is the family's ``...ForCausalLM``, or its ``...ForConditionalGeneration`` if it reads images.
+    It is found by what it is: the one module with a list of ``layers`` of which some have experts. UsageError if there
+    is none or several.
     """
-    if family.model_type not in transformers.CONFIG_MAPPING:
+    found = [
+        module
+        for module in model.modules()
+        if isinstance(layers := getattr(module, "layers", None), nn.ModuleList)
+        and any(hasattr(part, "experts") for layer in layers for part in layer.children())
+    ]
+    if len(found) != 1:
+        what = "no MoE layer" if not found else "several stacks of MoE layers"
+        raise UsageError(f"The {type(model).__name__} has {what}; only models with one such stack can be converted.")
+    return found[0]
+
+
+def stock_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]] | None:
+    """Configuration and model class of a stock type; None if the installed transformers has none that writes text.
+
+    The class that reads images or sounds too, if there is one; otherwise the causal language model.
+    """
+    if model_type not in transformers.CONFIG_MAPPING:
         return None
-    config_class = transformers.CONFIG_MAPPING[family.model_type]
-    mapping: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    if family.reads_images:
-        mapping = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return config_class, cast(type[PreTrainedModel], mapping[config_class])
+    config_class = transformers.CONFIG_MAPPING[model_type]
+    mappings: Any = (transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, transformers.MODEL_FOR_CAUSAL_LM_MAPPING)
+    found = next((mapping[config_class] for mapping in mappings if config_class in mapping), None)
+    return None if found is None else (config_class, cast(type[PreTrainedModel], found))
+
+
+def checked_stock_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+    """Those of ``stock_classes``; UsageError if there are none."""
+    found = stock_classes(model_type)
+    if found is None:
+        raise UsageError(
+            f"The installed transformers has no language model of type {model_type!r}; install a newer one."
+        )
+    return found
 
 
 def replace_config(model: PreTrainedModel, config_class: type, **entries: Any) -> None:
@@ -104,34 +138,39 @@ def replace_config(model: PreTrainedModel, config_class: type, **entries: Any) -
                 setattr(module, name, replaced[id(value)])
 
 
-def register() -> None:
-    """Makes transformers' Auto classes know the converted types; may be called again."""
-    for family in FAMILIES.values():
-        stock = stock_classes(family)
-        if stock is None:
-            continue
-        config_class, model_class = FarSkipConfig.of(stock[0]), FarSkipModel.of(stock[1])
-        AutoConfig.register(family.farskip_type, config_class, exist_ok=True)
-        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-        if family.reads_images:
-            AutoModelForImageTextToText.register(config_class, model_class, exist_ok=True)
-        # Without it the experts' weights, one tensor an expert in a checkpoint, would not be found and stay random.
-        mapping = get_checkpoint_conversion_mapping(family.model_type)
-        if mapping is not None:
-            register_checkpoint_conversion_mapping(family.farskip_type, mapping, overwrite=True)
+def register(model_type: str) -> None:
+    """Makes transformers' Auto classes know the converted form of a stock type; may be called again."""
+    stock = stock_classes(model_type)
+    if stock is None:
+        return
+    config_class, model_class = FarSkipConfig.of(stock[0]), FarSkipModel.of(stock[1])
+    AutoConfig.register(TYPE_PREFIX + model_type, config_class, exist_ok=True)
+    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    if stock[0] in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        AutoModelForImageTextToText.register(config_class, model_class, exist_ok=True)
+    # Without it the experts' weights, one tensor an expert in a checkpoint, would not be found and stay random.
+    mapping = get_checkpoint_conversion_mapping(model_type)
+    if mapping is not None:
+        register_checkpoint_conversion_mapping(TYPE_PREFIX + model_type, mapping, overwrite=True)
 
 
-def checked_model(model: Any) -> tuple[PreTrainedModel, Family]:
-    """``model`` and its family; TypeError if it is no transformers model, UsageError if it is not a supported one."""
+def register_all() -> None:
+    for model_type in FAMILIES:
+        register(model_type)
+
+
+def checked_model(model: Any) -> PreTrainedModel:
+    """``model``; TypeError if it is no transformers model, UsageError if it is not one that writes text."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"A {type(model).__module__}.{type(model).__name__} was given; give the transformers model itself,"
             " before it is wrapped."
         )
-    family = family_of(model.config.model_type)
-    stock = stock_classes(family)
-    if stock is None or not isinstance(model, stock[1]):
-        wanted = stock[1].__name__ if stock else f"a {family.model_type} of a newer transformers"
-        kind = "model that also reads images" if family.reads_images else "causal language model"
-        raise UsageError(f"A {type(model).__name__} was given; only the {kind}, {wanted}, is supported.")
-    return model, family
+    if hasattr(model, "_pp_stage"):
+        raise UsageError("The model is one stage of a pipeline, whose stages pass on one tensor; FarSkip needs two.")
+    stock = checked_stock_classes(stock_type(model.config.model_type))
+    if not isinstance(model, stock[1]):
+        raise UsageError(
+            f"A {type(model).__name__} was given; only the whole model, {stock[1].__name__}, is converted."
+        )
+    return model

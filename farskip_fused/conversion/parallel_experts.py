@@ -12,7 +12,7 @@ from farskip_fused.conversion.rewiring import moe_blocks
 from farskip_fused.errors import UsageError
 from farskip_fused.moe import FusedExperts
 from farskip_fused.symmetric import SymmetricMemory
-from farskip_fused.transformers_experts import is_silu
+from farskip_fused.transformers_experts import check_experts_module, is_experts
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -26,8 +26,9 @@ def parallelize(model: Model, symmetric_memory: SymmetricMemory, *, max_tokens: 
     Afterwards a block's ``experts`` is a ``FusedExperts``: parameters ``w13`` and ``w2`` of the local experts, whose
     gradients sum over the tokens of all ranks; those of all other parameters are of this rank's tokens and are yours to
     reduce.
-    Raises UsageError, with the model unchanged, if the experts do not divide over the ranks, have another activation
-    than SiLU or lie on another device, or if the model is parallel already; TypeError for a dtype without kernels.
+    Raises UsageError, with the model unchanged, if the experts do not divide over the ranks, lie on another device or
+    compute something else than the kernels do (another activation than SiLU, biases), or if the model is parallel
+    already; TypeError for a dtype without kernels.
     """
     blocks = [cast(Any, block) for _, block in moe_blocks(model)]
     if any(is_stock(block.experts) for block in blocks):
@@ -54,9 +55,11 @@ def _refuse_to_save(*_: Any, **__: Any) -> None:
 def _check(experts: nn.Module, memory: SymmetricMemory) -> None:
     if isinstance(experts, FusedExperts):
         raise UsageError("The model's experts are parallel already; parallelize a model once.")
-    activation = getattr(experts, "act_fn", None)
-    if not is_silu(activation):
-        raise UsageError(f"The experts use {type(activation).__name__}; the kernels compute SiLU only.")
+    if not is_experts(experts):
+        raise UsageError(
+            f"The experts are {type(experts).__name__}, whose weights have another layout than transformers' own."
+        )
+    check_experts_module(experts)
     device = cast(torch.Tensor, experts.gate_up_proj).device
     if device != memory.device:
         raise UsageError(f"The experts are on {device} and the symmetric memory is on {memory.device}; move the model.")
@@ -65,9 +68,10 @@ def _check(experts: nn.Module, memory: SymmetricMemory) -> None:
 def _share(block: Any, memory: SymmetricMemory, max_tokens: int) -> FusedExperts:
     experts = block.experts
     top_k = _top_k(block)
-    w13, w2 = experts.gate_up_proj, experts.down_proj
-    if isinstance(experts, Llama4Experts):  # a row for each expert of a token, and transposed weights
+    if isinstance(experts, Llama4Experts):  # a row for each expert of a token
         top_k, max_tokens = 1, top_k * max_tokens
+    w13, w2 = experts.gate_up_proj, experts.down_proj
+    if experts.is_transposed:
         w13, w2 = w13.transpose(1, 2), w2.transpose(1, 2)
     num_experts, hidden_size, intermediate_size = w2.shape
     share = FusedExperts(

@@ -9,11 +9,18 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from farskip_fused.connectivity import Connectivity, parse_layers
-from farskip_fused.conversion.layers import FarSkipLayer, mlp_of, unwire, wire
+from farskip_fused.conversion.layers import FarSkipLayer, unwire, wire
 from farskip_fused.conversion.llama4 import Llama4Experts, choose_kernels
-from farskip_fused.conversion.models import FarSkipConfig, FarSkipModel, checked_model, decoder_layers, replace_config
+from farskip_fused.conversion.models import (
+    FarSkipConfig,
+    FarSkipModel,
+    checked_model,
+    decoder_of,
+    register,
+    replace_config,
+)
 from farskip_fused.conversion.record import to_record
-from farskip_fused.conversion.verification import verify_layers
+from farskip_fused.conversion.verification import SelfCheck, verified
 from farskip_fused.errors import UsageError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -24,32 +31,41 @@ def convert(
 ) -> Model:
     """Gives layers of a transformers model another connectivity, in place, and returns the model.
 
-    model: a ``...ForCausalLM``, or the class of Llama-4 that also reads images, of which the text part is converted.
+    model: a causal language model of transformers, or a model that reads images or sounds too, of which the text part
+        is converted. Its decoder layers must be stock pre-norm layers, some of them with experts.
     connectivity: a ``Connectivity`` or its name: farskip, attention_only, moe_only, standard.
     layers: ``"all"``, ``"last:75%"``, ``"first:4"``, ``"4:20"`` or indices; all other layers get standard connectivity.
 
     Parameters keep their names, order, shapes and values. A converted model may be converted again, at any time: only
-    the last call counts. With standard connectivity the model is bit-equal to the stock one; but for Llama-4 on a GPU,
-    whose experts run on the kernels from now on, instead of all of them on all tokens:
-    ``model.set_experts_implementation("eager")`` goes back.
-    Raises UsageError for an unsupported family or model, an unknown connectivity and wrong layers, with the model
+    the last call counts. With standard connectivity the model is bit-equal to the stock one, which is checked on one
+    MoE layer and one dense one; but for Llama-4 on a GPU, whose experts run on the kernels from now on, instead of all
+    of them on all tokens: ``model.set_experts_implementation("eager")`` goes back.
+    Raises UsageError for a model that is built otherwise, an unknown connectivity and wrong layers, with the model
     unchanged; TypeError if ``model`` is not a transformers model.
     """
-    checked, family = checked_model(model)
-    decoder = decoder_layers(checked)
+    checked = checked_model(model)
+    decoder = decoder_of(checked)
     chosen = Connectivity.named(connectivity)
-    converted = parse_layers(layers, len(decoder))
+    converted = parse_layers(layers, len(decoder.layers))
     record = to_record(chosen, converted)
+    anatomies = verified(decoder)
     if isinstance(checked, FarSkipModel):
-        wire(decoder, family, chosen, converted, checked.config)
+        wire(decoder, anatomies, chosen, converted, checked.config)
         checked.config.farskip = record
         return model
-    verify_layers(decoder, family)
+    check = SelfCheck(decoder.layers, anatomies)
+    register(checked.config.model_type)
     replace_config(checked, FarSkipConfig.of(type(checked.config)), farskip=record)
     checked.__class__ = FarSkipModel.of(type(checked))
-    wire(decoder, family, chosen, converted, checked.config)
-    if family.scales_inputs:
-        choose_kernels(checked)
+    wire(decoder, anatomies, Connectivity.standard(), converted, checked.config)
+    if not check.passes():
+        revert(checked)
+        raise UsageError(
+            f"With standard connectivity, the layers of {type(checked).__name__} would compute something else than"
+            " stock; this version of transformers, or a change to the model, is not supported."
+        )
+    wire(decoder, anatomies, chosen, converted, checked.config)
+    choose_kernels(checked)
     return model
 
 
@@ -58,16 +74,17 @@ def revert(model: Model) -> Model:
 
     Raises UsageError if the model or a layer was given a further class after ``convert``, for example by FSDP.
     """
-    checked, family = checked_model(model)
+    checked = checked_model(model)
     if not isinstance(checked, FarSkipModel):
         return model
     if "stock_class" not in vars(type(checked)):
         raise UsageError(f"The model has class {type(checked).__name__}, put on it after convert; revert before that.")
-    if family.scales_inputs:
+    decoder = decoder_of(checked)
+    if any(layer.anatomy.block and layer.anatomy.block.scales_inputs for layer in decoder.layers):
         if any(not isinstance(block.get_submodule("experts"), Llama4Experts) for _, block in moe_blocks(model)):
             raise UsageError("The experts were replaced after convert, and the stock block cannot call them.")
         checked.config._experts_implementation = "eager"
-    unwire(decoder_layers(checked))
+    unwire(decoder)
     replace_config(checked, cast(Any, type(checked.config)).stock_class, farskip=None)
     checked.__class__ = type(checked).stock_class
     return model
@@ -78,7 +95,7 @@ def connectivity_of(model: nn.Module) -> list[Connectivity]:
     layers = _farskip_layers(model)
     if layers:
         return [layer.connectivity for layer in layers]
-    return [Connectivity.standard()] * len(decoder_layers(checked_model(model)[0]))
+    return [Connectivity.standard()] * len(decoder_of(checked_model(model)).layers)
 
 
 @contextmanager
@@ -107,11 +124,10 @@ def moe_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     Each has a router and ``experts``, as transformers builds them with ``experts.gate_up_proj`` [E, 2I, H] and
     ``experts.down_proj`` [E, H, I]; Llama-4's are [E, H, 2I] and [E, I, H].
     """
-    checked, family = checked_model(model)
-    blocks = [mlp_of(layer, family) for layer in decoder_layers(checked)]
-    blocks = [block for block in blocks if hasattr(block, "experts")]
+    checked = checked_model(model)
+    found = [part for layer in decoder_of(checked).layers for part in layer.children() if hasattr(part, "experts")]
     names = {id(module): name for name, module in checked.named_modules()}
-    return [(names[id(block)], block) for block in blocks]
+    return [(names[id(block)], block) for block in found]
 
 
 def _farskip_layers(model: nn.Module) -> list[FarSkipLayer]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from farskip_fused.conversion.families import TYPE_PREFIX, Family, family_of
+from farskip_fused.conversion.families import TYPE_PREFIX, stock_type
 from farskip_fused.errors import UsageError
 
 CONFIG = "config.json"
@@ -25,7 +25,6 @@ class StoredCheckpoint:
 
     path: Path
     config: dict[str, Any]
-    family: Family
     shapes: dict[str, list[int]]
     files: list[Path]
 
@@ -34,8 +33,12 @@ class StoredCheckpoint:
         return self.config["model_type"].startswith(TYPE_PREFIX)
 
     @property
+    def stock_type(self) -> str:
+        return stock_type(self.config["model_type"])
+
+    @property
     def num_layers(self) -> int:
-        of_text = self.config.get("text_config") if self.family.reads_images else self.config
+        of_text = self.config.get("text_config", self.config)
         layers = of_text.get("num_hidden_layers") if isinstance(of_text, dict) else None
         if not isinstance(layers, int):
             raise UsageError(f"{self.path / CONFIG} has no num_hidden_layers.")
@@ -43,10 +46,10 @@ class StoredCheckpoint:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> StoredCheckpoint:
-    """Reads a local checkpoint of a supported family, stock or converted.
+    """Reads a local checkpoint, stock or converted.
 
-    Raises UsageError, naming the file, for a missing directory or file, a half-written or truncated one, tensors that
-    the index lists and the files lack, and a family that is not supported.
+    Raises UsageError, naming the file, for a missing directory or file, a half-written or truncated one, and tensors
+    that the index lists and the files lack.
     """
     directory = Path(path)
     if not directory.is_dir():
@@ -54,9 +57,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> StoredCheckpoint:
     config = _read_json(directory / CONFIG)
     if not isinstance(config.get("model_type"), str):
         raise UsageError(f"{directory / CONFIG} has no model_type, so it is not the configuration of a model.")
-    family = family_of(config["model_type"])
     files, shapes = _read_headers(directory)
-    return StoredCheckpoint(directory, config, family, shapes, files)
+    return StoredCheckpoint(directory, config, shapes, files)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -1,155 +1,147 @@
-"""Does a stock decoder layer do what FarSkip's layer assumes? Asked before the first layer is changed."""
+"""Does a model do what FarSkip's layers assume? Asked before the first layer is changed, and once more after."""
 
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 import textwrap
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
-from torch import nn
-from transformers import PreTrainedConfig
+from torch import Tensor, nn
 
-from farskip_fused.conversion import llama4
-from farskip_fused.conversion.families import Family
-from farskip_fused.conversion.layers import mlp_of, split_mlp
+from farskip_fused.connectivity import Streams
+from farskip_fused.conversion.anatomy import Anatomy, read_layer
+from farskip_fused.conversion.layers import FarSkipLayer, moe_block
 from farskip_fused.errors import UsageError
 
-# The pre-norm skeleton, statement for statement, by the name of the MLP.
-STOCK_FORWARDS = {
-    "mlp": """
-residual = hidden_states
-hidden_states = self.input_layernorm(hidden_states)
-hidden_states, _ = self.self_attn()
-hidden_states = residual + hidden_states
-residual = hidden_states
-hidden_states = self.post_attention_layernorm(hidden_states)
-hidden_states = self.mlp(hidden_states)
-hidden_states = residual + hidden_states
-return hidden_states
-""",
-    "feed_forward": """
-residual = hidden_states
-hidden_states = self.input_layernorm(hidden_states)
-attention_states, _ = self.self_attn()
-hidden_states = residual + attention_states
-residual = hidden_states
-hidden_states = self.post_attention_layernorm(hidden_states)
-hidden_states = self.feed_forward(hidden_states)
-if self.is_moe_layer:
-    hidden_states, _ = hidden_states
-hidden_states = residual + hidden_states.view(residual.shape)
-return hidden_states
-""",
-}
 
+def verified(decoder: Any) -> list[Anatomy]:
+    """The anatomies of the ``layers`` of a decoder, stock or converted.
 
-def verify_layers(layers: Iterable[nn.Module], family: Family) -> None:
-    """UsageError if a layer is not the stock pre-norm layer or its MoE block does not split as its family's does."""
-    blocks = []
-    for index, layer in enumerate(layers):
-        name = type(layer).__name__
-        parts = {child for child, _ in layer.named_children()}
-        expected = {"input_layernorm", "self_attn", "post_attention_layernorm", family.mlp}
-        if parts != expected:
-            differing = ", ".join(sorted(parts ^ expected))
-            raise UsageError(f"Layer {index} ({name}) is not a stock pre-norm layer: it differs in {differing}.")
-        if not _is_of_transformers(layer) or not _has_stock_forward(cast(Any, type(layer)), family.mlp):
-            raise UsageError(
-                f"Layer {index} ({name}) does not compute what a stock pre-norm layer does;"
-                " convert the model as transformers builds it, before any wrapping."
-            )
-        mlp = mlp_of(layer, family)
-        if hasattr(mlp, "experts"):
-            blocks.append(mlp)
-            _verify_parts_of_block(index, mlp, family)
-    if not blocks:
+    Raises UsageError, with the layer and the reason, for one that is no stock pre-norm layer, and if none has experts.
+    """
+    anatomies = []
+    for index, layer in enumerate(decoder.layers):
+        if isinstance(layer, FarSkipLayer):
+            anatomies.append(layer.anatomy)
+            continue
+        try:
+            anatomies.append(read_layer(layer))
+        except ValueError as reason:
+            raise UsageError(f"Layer {index} ({type(layer).__name__}) cannot be converted: {reason}.") from None
+    if not any(anatomy.block for anatomy in anatomies):
         raise UsageError("The model has no MoE layer, so there is nothing to convert.")
-    _verify_split(blocks[0], family)
-
-
-def _is_of_transformers(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("transformers.models.")
-
-
-@functools.cache
-def _has_stock_forward(layer_class: Any, mlp: str = "mlp") -> bool:
-    try:
-        source = textwrap.dedent(inspect.getsource(layer_class.forward))
-    except OSError:
-        return False
-    function = ast.parse(source).body[0]
-    assert isinstance(function, ast.FunctionDef)
-    for call in ast.walk(function):
-        # Every argument is handed to the attention under its own name, as FarSkip's layer does.
-        if isinstance(call, ast.Call) and ast.unparse(call.func) == "self.self_attn" and not call.args:
-            call.keywords = [keyword for keyword in call.keywords if not _same_name(keyword)]
-    body = function.body[1:] if ast.get_docstring(function) else function.body
-    return [ast.unparse(line) for line in body] == [ast.unparse(line) for line in ast.parse(STOCK_FORWARDS[mlp]).body]
-
-
-def _same_name(keyword: ast.keyword) -> bool:
-    return isinstance(keyword.value, ast.Name) and keyword.value.id == (keyword.arg or "kwargs")
-
-
-def _verify_parts_of_block(index: int, block: nn.Module, family: Family) -> None:
-    expected = {family.router, "experts", family.shared, family.shared_gate} - {None}
-    expected -= {name for name in expected if name and getattr(block, name, block) is None}
-    parts = {child for child, _ in block.named_children()}
-    if parts != expected:
-        differing = ", ".join(sorted(str(part) for part in parts ^ expected))
-        raise UsageError(f"The MoE block of layer {index} does not split as {family.model_type}'s: see {differing}.")
-    if family.scales_inputs and not llama4.is_stock(block.get_submodule("experts")):
+    if not _passes_on_unchanged(type(decoder)):
         raise UsageError(
-            f"The experts of layer {index} are {type(block.get_submodule('experts')).__name__}, not Llama-4's own;"
-            " convert the model before they are replaced or quantised."
+            f"{type(decoder).__name__} does more between its layers than pass on hidden states; it cannot be converted."
         )
+    return anatomies
+
+
+# What may be done to hidden states between two layers: FarSkip's decoder does it to both streams.
+BETWEEN_LAYERS = "self._deepstack_process"
+
+
+def _passes_on_unchanged(decoder: type) -> bool:
+    """Whether the loop over the layers uses what they return as the next layer's first argument only."""
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(cast(Any, decoder).forward)))
+    loops = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.For)]
+    loops = [loop for loop in loops if "self.layers" in ast.unparse(loop.iter)]
+    if len(loops) != 1:
+        return False
+    permitted: list[ast.expr] = []
+    for node in ast.walk(loops[0]):
+        if isinstance(node, ast.Assign):
+            permitted.append(node.value)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("decoder_layer", "layer", BETWEEN_LAYERS):
+            permitted += node.args[:1]
+    names = [node for node in ast.walk(loops[0]) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+    return all(name in permitted for name in names if name.id in ("hidden_states", "layer_outputs"))
+
+
+class SelfCheck:
+    """Runs layers before and after they are converted: with standard connectivity they must be bit-equal to stock.
+
+    The first MoE layer and the first dense one run two random tokens, with a stand-in for the attention that notes
+    what it is given. Passes over layers that cannot simply be run here: not materialised, sharded, quantised, or with
+    experts of somebody else.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module], anatomies: Iterable[Anatomy]) -> None:
+        found = {
+            anatomy.block is None: (layer, anatomy)
+            for layer, anatomy in reversed([*zip(layers, anatomies, strict=True)])
+        }
+        self.layers = [(*pair, _arguments(pair[0])) for pair in found.values() if _can_run(*pair)]
+        self.before = [_run(*layer) for layer in self.layers]
+
+    def passes(self) -> bool:
+        """Whether the layers, now with FarSkip's class and standard connectivity, still do the same."""
+        return all(
+            _same(_run(layer, anatomy, arguments), before, exact=not (anatomy.block and anatomy.block.scales_inputs))
+            for (layer, anatomy, arguments), before in zip(self.layers, self.before, strict=True)
+        )
+
+
+def _can_run(layer: nn.Module, anatomy: Anatomy) -> bool:
+    plain = {torch.float32, torch.bfloat16, torch.float16}  # transformers has no grouped_mm of double precision
+    parameters, tensors = list(layer.parameters()), [*layer.parameters(), *layer.buffers()]
+    if any(type(p) is not nn.Parameter or p.dtype not in plain for p in parameters):
+        return False
+    if any(t.is_meta for t in tensors) or len({t.device for t in tensors}) > 1:
+        return False
+    experts = getattr(moe_block(layer, anatomy), "experts", None)
+    return experts is None or type(experts).__module__.startswith("transformers.models.")
+
+
+def _arguments(stock: nn.Module) -> dict[str, str]:
+    """Something for every argument of a stock layer, and one more."""
+    named = list(inspect.signature(stock.forward).parameters)[1:]
+    return {name: f"<{name}>" for name in named if name != "kwargs"} | {"further": "<further>"}
+
+
+class _StandIn(nn.Module):
+    """Takes the place of the attention: halves its input and keeps what else it was given."""
+
+    def __init__(self, in_tuple: bool) -> None:
+        super().__init__()
+        self.in_tuple = in_tuple
+        self.given: dict[str, Any] = {}
+
+    def forward(self, hidden_states: Tensor, **given: Any) -> Any:
+        self.given = given
+        output = 0.5 * hidden_states
+        return (output, None) if self.in_tuple else output
 
 
 @torch.no_grad()
-def _verify_split(block: nn.Module, family: Family) -> None:
-    """Runs two tokens through the block and through its parts: a release of transformers may change what a block adds.
-
-    Passes over blocks that cannot simply be run here: with experts of somebody else, not materialised, sharded,
-    quantised or made random by jitter.
-    """
-    if not _is_of_transformers(block.get_submodule("experts")):
-        return
-    parameters = list(block.parameters())
-    plain = {torch.float32, torch.bfloat16, torch.float16}
-    if any(p.is_meta or type(p) is not nn.Parameter or p.dtype not in plain for p in parameters):
-        return
-    if len({p.device for p in parameters}) > 1 or (block.training and getattr(block, "jitter_noise", 0) > 0):
-        return
-    gate = next(block.get_submodule(family.router).parameters())
-    hidden_size = gate.shape[-1]
-    tokens = torch.linspace(-1, 1, 2 * hidden_size).view(1, 2, hidden_size).to(gate.device, parameters[0].dtype)
-    whole = block(tokens)
-    if family.scales_inputs:
-        whole = whole[0].view(tokens.shape)
-    with _enrolled(block, family):
-        outputs = [output for output in split_mlp(block, family, tokens) if output is not None]
-    # Half-precision sums may round differently; a missing factor or term is far larger.
-    if not isinstance(whole, torch.Tensor) or (whole - sum(outputs)).abs().max() > 0.05 * whole.abs().max():
-        raise UsageError(
-            f"The MoE block of the installed transformers' {family.model_type} is not the sum of its shared and routed"
-            " experts; this version of transformers is not supported for it."
-        )
-
-
-@contextmanager
-def _enrolled(block: nn.Module, family: Family) -> Iterator[None]:
-    """Within it, experts that join the registry when they are converted have joined it, with transformers' own sums."""
-    experts = block.get_submodule("experts")
-    if family.scales_inputs:
-        config = PreTrainedConfig()
-        config._experts_implementation = "eager"
-        llama4.enrol(experts, config)
+def _run(layer: nn.Module, anatomy: Anatomy, arguments: dict[str, str]) -> tuple[Tensor, dict[str, Any]]:
+    """Output of a layer in evaluation mode, and what its attention was given besides."""
+    name, training = anatomy.attention.module, [module for module in layer.modules() if module.training]
+    attention, stand_in = layer.get_submodule(name), _StandIn(anatomy.attention.in_tuple)
+    norm = next(layer.get_submodule(anatomy.mlp_norm).parameters())
+    tokens = torch.randn(1, 2, norm.shape[-1], generator=torch.Generator().manual_seed(0)).to(norm)
+    for module in training:
+        module.training = False
+    layer._modules[name] = stand_in
     try:
-        yield
+        # Of a converted layer the two streams, of which the first is what a stock layer returns.
+        output = layer.forward(Streams(tokens, tokens) if isinstance(layer, FarSkipLayer) else tokens, **arguments)
     finally:
-        llama4.dismiss(experts)
+        layer._modules[name] = attention
+        for module in training:
+            module.training = True
+    return (output[0] if isinstance(output, tuple) else output), stand_in.given
+
+
+def _same(found: tuple[Tensor, dict[str, Any]], expected: tuple[Tensor, dict[str, Any]], *, exact: bool) -> bool:
+    (output, given), (stock_output, stock_given) = found, expected
+    if given != stock_given:
+        return False
+    if exact and output.device.type == "cpu":
+        return torch.equal(output, stock_output)
+    # On a GPU the rounding of a product may depend on the shape, and Llama-4's experts are added up in another order if
+    # a token has several; a missing factor or term is far larger.
+    return bool((output - stock_output).abs().max() <= 0.05 * stock_output.abs().max())

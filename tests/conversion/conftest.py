@@ -1,82 +1,34 @@
-"""Tiny random models of every supported family, and FarSkip as the paper writes it."""
+"""Tiny random models of every family, and FarSkip as the paper writes it."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 
-COMMON: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-DEEPSEEK: dict[str, Any] = {
-    "moe_intermediate_size": 16,
-    "n_routed_experts": 8,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 3,
-    "first_k_dense_replace": 1,
-}
-LATENT: dict[str, Any] = {
-    "kv_lora_rank": 16,
-    "q_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-}
-GROUPS = {"n_group": 4, "topk_group": 2}
-QWEN: dict[str, Any] = {"moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 3, "head_dim": 8}
-LLAMA4: dict[str, Any] = {
-    "intermediate_size": 16,
-    "intermediate_size_mlp": 24,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 1,
-    "head_dim": 8,
-    "moe_layers": [0, 1, 3],
-    "attention_chunk_size": 8,
-    "attn_temperature_tuning": False,
-}
-VISION: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
-    "projector_input_dim": 16,
-    "projector_output_dim": 16,
-    "vision_output_dim": 16,
-    "pixel_shuffle_ratio": 0.5,
-}
-FAMILY: dict[str, dict[str, Any]] = {
-    "deepseek_v2": DEEPSEEK | LATENT | GROUPS | {"q_lora_rank": None, "topk_method": "group_limited_greedy"},
-    "deepseek_v3": DEEPSEEK | LATENT | GROUPS,
-    "dots1": DEEPSEEK | {"head_dim": 8, "n_group": 2, "topk_group": 1},
-    "ernie4_5_moe": {"moe_intermediate_size": 16, "moe_num_experts": 8, "moe_k": 3, "moe_layer_interval": 2},
-    "glm4_moe": DEEPSEEK | {"head_dim": 8, "n_group": 2, "topk_group": 1},
-    "glm4_moe_lite": DEEPSEEK | LATENT | {"mlp_layer_types": ["dense"] + ["sparse"] * 4},
-    "llama4": {},  # see tiny
-    "llama4_text": LLAMA4,
-    "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 3, "head_dim": 8},
-    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 8},
-    "olmoe": {"num_experts": 8, "num_experts_per_tok": 3},
-    "qwen2_moe": QWEN | {"shared_expert_intermediate_size": 24, "decoder_sparse_step": 2},
-    "qwen3_moe": QWEN,
-}
+from tests.conversion import tiny_models
+
+# One of each kind of layer and block: these run in every test session, all the others under the mark "full".
+TYPICAL = [
+    "deepseek_v3",
+    "qwen2_moe",
+    "qwen3_moe",
+    "gpt_oss",
+    "granitemoeshared",
+    "qwen3_next",
+    "laguna",
+    "llama4_text",
+]
+
+
+def families(fast: list[str] = TYPICAL, without: Collection[str] = ()) -> list[Any]:
+    """All families but some as parameters of a test, those that are not ``fast`` under the mark "full"."""
+    chosen = [name for name in tiny_models.ALL if name not in without]
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.full) for name in chosen]
 
 
 @pytest.fixture(autouse=True)
@@ -90,30 +42,13 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., Any]:
-    """``tiny(model_type, dtype=torch.float64, **config)``: a stock model in eval mode, the same one for a seed."""
-
-    def build(model_type: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> Any:
-        settings = COMMON | FAMILY[model_type] | {"experts_implementation": "eager"} | overrides
-        build_from: Any = transformers.AutoModelForCausalLM
-        if model_type == "llama4":
-            text = COMMON | LLAMA4 | overrides
-            settings = {"text_config": text, "vision_config": VISION, "image_token_index": 60}
-            build_from = transformers.AutoModelForImageTextToText
-        torch.manual_seed(0)
-        config = transformers.AutoConfig.for_model(model_type, **settings)
-        model = build_from.from_config(config, dtype=dtype)
-        for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                torch.nn.init.uniform_(buffer, 0.0, 0.2)
-        # As it is, a model that reads images would lose the imaginary parts of its rotations.
-        return (model if model_type == "llama4" else model.to(dtype)).eval()
-
-    return build
+    """``tiny(model_type, dtype=torch.float64, **config)``: a stock model in eval mode, the same one at every call."""
+    return tiny_models.build
 
 
 @pytest.fixture(scope="session")
 def tokens() -> Tensor:
-    return torch.randint(3, 61, (2, 11), generator=torch.Generator().manual_seed(1))
+    return torch.randint(3, 60, (2, 11), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="session")
@@ -125,56 +60,82 @@ def paper() -> Callable[..., tuple[Tensor, list[Tensor]]]:
     """
 
     def run(stock: Any, tokens: Tensor, attention: set[int], mlp: set[int]) -> tuple[Tensor, list[Tensor]]:
-        stock = text_model(stock)
-        arguments = _layer_arguments(stock, tokens)
-        before = stock.model.embed_tokens(tokens)
-        o: dict[int, Tensor] = {-2: before, -1: before}
+        layers = layers_of(stock)
+        embedding, arguments = _what_layers_receive(stock, tokens)
+        o: dict[int, Tensor] = {-2: embedding, -1: embedding}
         attended: dict[int, Tensor] = {}
         shared: dict[int, Tensor] = {}
-        for k, layer in enumerate(stock.model.layers):
+        for k, layer in enumerate(layers):
+            scale = getattr(layer, "residual_multiplier", 1)  # Granite's, of all that is added
             attention_input = o[k - 1]
             if k in attention and k - 1 in shared:
-                attention_input = (o[k - 2] + attended[k - 1]) + shared[k - 1]
-            attended[k], _ = layer.self_attn(hidden_states=layer.input_layernorm(attention_input), **arguments[k])
-            mlp_input = layer.post_attention_layernorm(o[k - 1] if k in mlp else o[k - 1] + attended[k])
-            o[k] = (o[k - 1] + attended[k]) + _output(mlp_of(layer), mlp_input)
+                attention_input = (o[k - 2] + attended[k - 1] * scale) + shared[k - 1] * scale
+            attended[k] = _first(mixer_of(layer)(hidden_states=layer.input_layernorm(attention_input), **arguments[k]))
+            norm = layer.pre_ff_layernorm if hasattr(layer, "pre_ff_layernorm") else layer.post_attention_layernorm
+            mlp_input = norm(o[k - 1] if k in mlp else o[k - 1] + attended[k] * scale)
+            o[k] = (o[k - 1] + attended[k] * scale) + _mlp(layer, mlp_of(layer), mlp_input) * scale
             if hasattr(mlp_of(layer), "experts"):
-                shared[k] = _output(_without_routed_experts(mlp_of(layer)), mlp_input)
-        logits = stock.lm_head(stock.model.norm(o[len(stock.model.layers) - 1]))
-        return logits, [o[k] for k in range(len(stock.model.layers))]
+                shared[k] = _mlp(layer, _without_routed_experts(mlp_of(layer)), mlp_input)
+        states = [o[k] for k in range(len(layers))]
+        return _logits(stock, tokens, states[-1]), states
 
     return run
 
 
-def text_model(model: Any) -> Any:
-    """The causal language model of one that also reads images; others are it."""
-    return getattr(model, "language_model", model)
+def layers_of(model: Any) -> Any:
+    """The decoder layers of a stock or converted model, found by their experts."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return next(layers for layers in lists if any(hasattr(mlp_of(layer), "experts") for layer in layers))
 
 
 def mlp_of(layer: Any) -> Any:
-    return layer.feed_forward if hasattr(layer, "feed_forward") else layer.mlp
+    return next((getattr(layer, n) for n in ("mlp", "feed_forward", "block_sparse_moe") if hasattr(layer, n)), None)
 
 
-def _output(mlp: Any, hidden_states: Tensor) -> Tensor:
-    """Llama-4's blocks return their flattened output with the router's logits."""
-    output = mlp(hidden_states)
-    return output[0].view(hidden_states.shape) if isinstance(output, tuple) else output
+def mixer_of(layer: Any) -> Any:
+    """The attention, or what stands in its place."""
+    return next(p for n in ("self_attn", "linear_attn", "mamba") if (p := getattr(layer, n, None)) is not None)
 
 
-def _layer_arguments(stock: Any, tokens: Tensor) -> list[dict[str, Any]]:
-    """What the model hands to each layer's attention: mask, positions and rotary embeddings."""
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _mlp(layer: Any, block: Any, hidden_states: Tensor) -> Tensor:
+    """Llama-4's blocks return their flattened output with the router's logits; Granite's shared experts are beside."""
+    output = _first(block(hidden_states)).view(hidden_states.shape)
+    shared = getattr(layer, "shared_mlp", None)
+    return output if shared is None else output + shared(hidden_states)
+
+
+def _what_layers_receive(stock: Any, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    """What goes into the first layer, and what each layer hands to its attention beside hidden states."""
+    embedding: list[Tensor] = []
     seen: list[dict[str, Any]] = []
-    hooks = [
-        layer.register_forward_pre_hook(lambda _module, _args, kwargs: seen.append(dict(kwargs)), with_kwargs=True)
-        for layer in stock.model.layers
-    ]
+
+    def note(_module: Any, _arguments: Any, kwargs: dict[str, Any]) -> None:
+        seen.append({name: value for name, value in kwargs.items() if name != "hidden_states"})
+
+    layers = layers_of(stock)
+    hooks = [layers[0].register_forward_pre_hook(lambda _, arguments: embedding.append(arguments[0]))]
+    hooks += [mixer_of(layer).register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     stock(tokens, use_cache=False)
     for hook in hooks:
         hook.remove()
-    return seen
+    return embedding[0], seen
+
+
+def _logits(stock: Any, tokens: Tensor, last: Tensor) -> Tensor:
+    """What the model makes of the output of its last layer."""
+    hook = layers_of(stock)[-1].register_forward_hook(lambda *_: last)
+    logits = stock(tokens, use_cache=False).logits
+    hook.remove()
+    return logits
 
 
 def _without_routed_experts(block: Any) -> Any:
     silent = copy.deepcopy(block)
-    torch.nn.init.zeros_(silent.experts.down_proj)
+    for name, parameter in silent.experts.named_parameters():
+        if name.startswith("down_proj"):
+            torch.nn.init.zeros_(parameter)
     return silent

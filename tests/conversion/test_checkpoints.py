@@ -17,6 +17,7 @@ import transformers
 import farskip_fused as ff
 from farskip_fused import conversion
 from farskip_fused.cli import main
+from tests.conversion.conftest import families
 
 PROGRAM = """
 import sys, torch, farskip_fused as ff
@@ -59,7 +60,7 @@ def refusal(arguments: list[Any], capsys: pytest.CaptureFixture[str]) -> str:
     return message
 
 
-@pytest.mark.parametrize("family", conversion.FAMILIES)
+@pytest.mark.parametrize("family", families())
 def test_every_family_survives_saving_and_loading(family: str, tiny: Any, tokens: Any, tmp_path: Path) -> None:
     stock = tiny(family, torch.float32)
     stock.save_pretrained(tmp_path / "stock")
@@ -138,7 +139,8 @@ def test_a_missing_directory_is_refused_and_never_looked_up(tmp_path: Path) -> N
         ('{"model_type": "farskip_qw', "damaged or half-written"),
         ("[]", "must hold an object"),
         ("{}", "has no model_type"),
-        ('{"model_type": "llama"}', "'llama' is not supported"),
+        ('{"model_type": "llamas"}', "stock llamas checkpoint"),
+        ('{"model_type": "farskip_llamas"}', "no language model of type 'llamas'"),
         ('{"model_type": "farskip_qwen3_moe", "num_hidden_layers": 5}', 'The "farskip" entry'),
         ('{"model_type": "farskip_qwen3_moe", "farskip": {}}', "has no num_hidden_layers"),
     ],

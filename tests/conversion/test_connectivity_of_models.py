@@ -10,7 +10,7 @@ import torch
 
 import farskip_fused as ff
 from farskip_fused import conversion
-from tests.conversion.conftest import mlp_of, text_model
+from tests.conversion.conftest import families, layers_of, mlp_of
 
 PARTIAL_ATTENTION = {"farskip", "attention_only"}
 OUTDATED_MLP = {"farskip", "moe_only"}
@@ -22,21 +22,26 @@ def reads(connectivity: str, layers: str) -> tuple[set[int], set[int]]:
     return (chosen if connectivity in PARTIAL_ATTENTION else set()), (chosen if connectivity in OUTDATED_MLP else set())
 
 
-@pytest.mark.parametrize("family", conversion.FAMILIES)
+@pytest.mark.parametrize("family", families())
 def test_every_family_equals_the_paper(family: str, tiny: Any, tokens: Any, paper: Any) -> None:
     stock = tiny(family)
     converted = copy.deepcopy(stock)
-    assert any(hasattr(mlp_of(layer), "experts") for layer in text_model(stock).model.layers)
+    assert any(hasattr(mlp_of(layer), "experts") for layer in layers_of(stock))
     for connectivity in ("farskip", "attention_only", "moe_only", "standard"):
         ff.convert(converted, connectivity)
         with torch.no_grad():
-            expected, _ = paper(stock, tokens, *reads(connectivity, "all"))
-            assert (converted(tokens).logits - expected).abs().max() == 0.0, connectivity
+            expected, states = paper(stock, tokens, *reads(connectivity, "all"))
+            found = converted(tokens, use_cache=False, output_hidden_states=True)
+        assert (found.logits - expected).abs().max() == 0.0, connectivity
+        assert len(found.hidden_states) == len(states) + 1
+        for state, reference in zip(found.hidden_states[1:-1], states, strict=False):
+            assert (state - reference).abs().max() == 0.0, connectivity
 
 
+# The fast ones have a dense first layer and shared experts, dense layers between, and neither.
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("connectivity", ["farskip", "attention_only", "moe_only"])
-@pytest.mark.parametrize("family", ["deepseek_v3", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("family", families(["deepseek_v3", "qwen2_moe", "qwen3_moe"]))
 def test_some_layers_equal_the_paper(
     family: str, connectivity: str, layers: str, tiny: Any, tokens: Any, paper: Any
 ) -> None:
@@ -44,7 +49,7 @@ def test_some_layers_equal_the_paper(
     converted = ff.convert(copy.deepcopy(stock), connectivity, layers)
     with torch.no_grad():
         expected, _ = paper(stock, tokens, *reads(connectivity, layers))
-        assert (converted(tokens).logits - expected).abs().max() == 0.0
+        assert (converted(tokens, use_cache=False).logits - expected).abs().max() == 0.0
 
 
 @pytest.mark.parametrize("dense", [0, 3])

@@ -7,13 +7,20 @@ import torch
 
 import farskip_fused as ff
 from farskip_fused import demo_expert_parallel
-from farskip_fused.conversion import FAMILIES
+from tests.conversion.conftest import TYPICAL, families
 from tests.numerics import DEVICE, assert_close
 
+OTHER_EXPERTS = {
+    "gpt_oss": "GptOssExperts has interleaved gate and up rows",
+    "minimax_m3_vl": "MiniMaxM3VLExperts has an activation of its own",
+}
 
-@pytest.mark.parametrize("family", FAMILIES)
+
+@pytest.mark.parametrize(
+    "family", families([*TYPICAL, "aria_text", "dots1", "olmoe", "mixtral"], without=OTHER_EXPERTS)
+)
 def test_every_family_runs_on_the_kernels(tiny, tokens, family):
-    model = ff.convert(tiny(family, torch.float32, num_hidden_layers=2)).to(DEVICE)
+    model = ff.convert(tiny(family, torch.float32, num_hidden_layers=3 if family == "flint" else 2)).to(DEVICE)
     tokens = tokens.to(DEVICE)
     split = ff.parallelize(copy.deepcopy(model), ff.init(device=DEVICE), max_tokens=tokens.numel())
     with torch.no_grad():
@@ -30,6 +37,13 @@ def test_two_ranks_give_the_logits_and_gradients_of_one(tiny, tmp_path, device):
     assert report["backend"] == {"cpu": "shm", "cuda": "nvshmem"}[device]
     assert 0 < report["forward_rel_error"] < 1e-5
     assert 0 < report["backward_rel_error"] < 1e-5
+
+
+@pytest.mark.parametrize("family", OTHER_EXPERTS)
+def test_experts_that_compute_something_else_are_refused(tiny, family):
+    model = ff.convert(tiny(family, torch.float32, num_hidden_layers=2).to(DEVICE))
+    with pytest.raises(ff.UsageError, match=OTHER_EXPERTS[family]):
+        ff.parallelize(model, ff.init(device=DEVICE))
 
 
 def test_what_cannot_be_split_is_refused(tiny):
