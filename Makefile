@@ -1,5 +1,6 @@
 # make setup   .venv with everything that the tests and the demo use
 # make test    set-up, then the tests that this machine can run
+# make test-full   those, and the rest of the large matrices (every model family): an hour
 # make soak    one slice of a long run of dispatch and combine between ranks; again, to go on
 # make demo    set-up, then the whole path on a small model: train, convert, recover, reload, split over processes
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OLDER_TRITON := 3.5 3.6 # kernels are compiled with them too, tests/kernels/test_compiles.py
 
-.PHONY: setup test soak lint demo wheel clean
+.PHONY: setup test test-full soak lint demo wheel clean
 
 setup: $(STAMP)
 
@@ -28,6 +29,9 @@ $(STAMP): pyproject.toml setup.py constraints-dev.txt $(wildcard csrc/*) | $(BIN
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-full: setup
+	$(BIN)/python -m pytest -m ''
 
 soak: setup
 	$(BIN)/python -m tests.symmetric.soak

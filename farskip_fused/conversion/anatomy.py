@@ -346,8 +346,8 @@ def _read_call(layer: nn.Module, function: ast.FunctionDef, line: ast.stmt, outp
     rest = passed.pop(None, None)
     if (rest or "kwargs") != "kwargs" or not named >= set(passed.values()):
         raise ValueError("its attention is called in another way than a stock layer's")
-    renamed = tuple((here, there) for there, here in passed.items() if there != here)
-    kept = frozenset(there for there, here in passed.items() if there == here)
+    renamed = tuple((here, there) for there, here in passed.items() if there is not None and there != here)
+    kept = frozenset(there for there, here in passed.items() if there is not None and there == here)
     return AttentionCall(found[2], renamed, frozenset(named - kept), rest is not None, kept, found[1] is not None)
 
 
