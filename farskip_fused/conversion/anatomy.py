@@ -138,7 +138,7 @@ def read_layer(layer: nn.Module) -> Anatomy:
 
     Reads the source of the layer's class, and which parts this layer has of those that its class may have.
     """
-    function, body = _forward(type(layer))
+    function, body = _forward(cast(type, type(layer)))
     ends = [i for i, line in enumerate(body) if ast.unparse(line) == "residual = hidden_states"]
     if len(ends) != 2 or ends[0] != 0:
         raise ValueError("it does not compute what a stock pre-norm layer does")
@@ -164,7 +164,7 @@ def is_moe(block: nn.Module) -> bool:
 
 def read_block(block: nn.Module) -> Block:
     """The parts of a stock MoE block; ValueError, with the reason, for one that does not split as known."""
-    names = _names_in_forward(type(block))
+    names = _names_in_forward(cast(type, type(block)))
     router = next((name for name in ("gate", "router") if name in names), None)
     if router is None:
         raise ValueError("its block has no router that is known here")
