@@ -212,6 +212,26 @@ def bench_tune(
     write_json(json_file, result)
 
 
+@bench.command("comm")
+def bench_comm(
+    shapes: Annotated[
+        list[str] | None, typer.Argument(help="Named shapes or hidden,intermediate,experts,top_k; two by default.")
+    ] = None,
+    ranks: Annotated[list[int] | None, typer.Option(min=2, help="Ranks; repeat for several.")] = None,
+    sms: Annotated[list[int] | None, typer.Option(min=1, help="Multiprocessors a rank; repeat for several.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of a rank; repeat for several.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Time dispatch and combine between ranks, side by side on one GPU where there are not enough."""
+    from farskip_fused.bench import comm as room
+
+    result = room.run(
+        shapes or list(room.SHAPES), ranks or list(room.RANKS), sms or list(room.SMS), tokens or list(room.TOKENS)
+    )
+    room.render(result)
+    write_json(json_file, result)
+
+
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="A named model such as deepseek-v3, or the path of a config.json.")],

@@ -1,0 +1,168 @@
+"""What every rank of `farskip bench comm` runs: steps of dispatch and combine, timed by CUDA events or by the clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farskip_fused.bench.pull import dispatch_by_pull
+from farskip_fused.bench.shapes import Shape, random_routing
+from farskip_fused.exchange_setup import ExchangeOptions, set_up
+from farskip_fused.expert_parallel import Exchange
+from farskip_fused.kernels import combine, dispatch
+from farskip_fused.kernels.dispatch import Received, SendOrder
+from farskip_fused.kernels.layout import Layout
+from farskip_fused.kernels.protocol import ROUTING_ARRIVAL, Round, announce, wait_arrival
+from farskip_fused.symmetric import SymmetricMemory
+from farskip_fused.symmetric.slots import SlotShape
+
+STEPS = ("dispatch", "dispatch with routing", "dispatch by pull", "combine")
+
+
+@dataclass(frozen=True)
+class Case:
+    """tokens: of every rank. sms: multiprocessors a rank that communication takes."""
+
+    shape: Shape
+    tokens: int
+    sms: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """times: ms of each step in each iteration. rows: received by this rank, one a token and source, own included."""
+
+    times: dict[str, list[float]]
+    rows: int
+
+
+def measure(memory: SymmetricMemory, cases: list[Case], iterations: int) -> list[Measured]:
+    """Every case on this rank; all ranks begin an iteration together."""
+    return [_measure(memory, case, iterations) for case in cases]
+
+
+def _measure(memory: SymmetricMemory, case: Case, iterations: int) -> Measured:
+    shape, device = case.shape, memory.device
+    torch.manual_seed(1 + memory.rank)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    rows = torch.randn(case.tokens, shape.hidden, device=device).to(dtype)
+    index, weights = random_routing(shape, case.tokens, device)
+    slots = SlotShape(case.tokens, shape.hidden, shape.top_k, dtype)
+    options = ExchangeOptions(num_comm_sms=case.sms, combine="presummed")
+    parts = _Parts(rows, index, weights)
+    # Every step once on a world of one: no kernel is loaded while another waits for a peer.
+    exchange = set_up(memory, slots, shape.experts, options, lambda small: parts.few().run_all(small))
+    kept, values = parts.prepare(exchange)
+    local = exchange.num_local_experts
+    mine = range(memory.rank * local, (memory.rank + 1) * local)
+    routed = torch.stack([torch.isin(ids, torch.tensor(mine)).any(1) for ids in memory.gather(index.cpu())])
+    times = {step: _time(exchange, partial(parts.take, step, exchange, kept, values), iterations) for step in STEPS}
+    memory.synchronize()
+    return Measured(times, int(routed.sum()))
+
+
+class _Parts:
+    """The steps, on one rank's rows and routing."""
+
+    order: SendOrder
+    received: Received
+    where: Layout
+    turns: Tensor
+
+    def __init__(self, rows: Tensor, index: Tensor, weights: Tensor) -> None:
+        self.rows, self.index, self.weights = rows, index, weights
+
+    def few(self) -> _Parts:
+        return _Parts(self.rows[:4].clone(), self.index[:4].clone(), self.weights[:4].clone())
+
+    def prepare(self, exchange: Exchange) -> tuple[Tensor, Tensor]:
+        """One whole round: the order of sending, the layout and the turns that later rounds reuse."""
+
+        def whole(round_: Round) -> None:
+            self.take("dispatch with routing", exchange, kept, values, round_)
+            self.turns = combine.find_turns(round_, self.received.experts, exchange.num_local_experts)
+
+        kept = self.rows.new_empty(exchange.slots.memory.world * exchange.slots.shape.max_tokens, self.rows.shape[1])
+        values = self.rows.new_zeros(exchange.capacity, self.rows.shape[1])
+        in_round(exchange, whole)
+        return kept, values
+
+    def run_all(self, exchange: Exchange) -> None:
+        self.index = torch.where(self.index < exchange.num_local_experts, self.index, -1)  # a world of one has no more
+        kept, values = self.prepare(exchange)
+        in_round(exchange, align)
+        for step in STEPS:
+            in_round(exchange, partial(self.take, step, exchange, kept, values))
+
+    def take(self, step: str, exchange: Exchange, kept: Tensor, values: Tensor, round_: Round) -> None:
+        local, shape = exchange.num_local_experts, exchange.slots.shape
+        if step == "dispatch":
+            dispatch.wait_to_send(round_)
+            dispatch.send_rows(round_, self.rows, self.order, local)
+            dispatch.wait_rows(round_)
+        elif step == "dispatch with routing":
+            dispatch.wait_to_send(round_)
+            self.order = dispatch.send_routing(round_, self.index, self.weights, local)
+            self.received, self.where = dispatch.receive_routing(
+                round_, shape.max_tokens, shape.top_k, local, exchange.capacity, exchange.tile_rows
+            )
+            dispatch.send_rows(round_, self.rows, self.order, local)
+            dispatch.wait_rows(round_)
+        elif step == "dispatch by pull":
+            dispatch_by_pull(round_, self.rows, self.received.experts, kept)
+        else:
+            combine.wait_to_send(round_)
+            combine.push_sums(round_, values, self.where.places, self.received.weights, self.turns)
+            combine.announce_sent(round_)
+            combine.combine_wait(round_, self.index, None, shape.hidden_size, shape.dtype, local)
+
+
+def in_round(exchange: Exchange, step: Callable[[Round], Any]) -> None:
+    """A round of one step, whose slots are released whether the step used them or not."""
+    ticket, round_ = exchange.open_round()
+    step(round_)
+    dispatch.release(round_)
+    combine.release(round_)
+    exchange.slots.close_round(ticket)
+
+
+def align(round_: Round) -> None:
+    """No rank goes on before all are here."""
+    announce(round_, ROUTING_ARRIVAL)
+    wait_arrival(round_, ROUTING_ARRIVAL)
+
+
+def _time(exchange: Exchange, step: Callable[[Round], Any], iterations: int) -> list[float]:
+    """ms of the step in each iteration: replays of a CUDA graph between events, on CPU calls by the clock."""
+    memory = exchange.slots.memory
+    if memory.device.type != "cuda":
+        times = []
+        for _ in range(iterations):
+            memory.barrier()
+            start = time.perf_counter()
+            in_round(exchange, step)
+            times.append((time.perf_counter() - start) * 1e3)
+        return times
+    graphs = []
+    for each in (align, step):
+        memory.synchronize()
+        memory.barrier()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            in_round(exchange, each)
+        graphs.append(graph)
+    memory.barrier()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(iterations)]
+    for start_event, end_event in events:
+        graphs[0].replay()
+        start_event.record()
+        graphs[1].replay()
+        end_event.record()
+    memory.synchronize()
+    return [start_event.elapsed_time(end_event) for start_event, end_event in events]
