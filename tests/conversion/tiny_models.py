@@ -38,7 +38,7 @@ LATENT: dict[str, Any] = {
 GROUPS = {"n_group": 4, "topk_group": 2}
 ONE_DENSE = {"mlp_layer_types": ["dense"] + ["sparse"] * 4}
 MIXED_DENSE = {"mlp_layer_types": ["dense", "sparse", "dense", "sparse", "sparse"]}
-INDEXER = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 4}
+INDEXER = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 32}  # all: ties would make it depend on the cache
 SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]}
 LINEAR = {
     "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention", "full_attention"]
