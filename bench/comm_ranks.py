@@ -85,7 +85,7 @@ class _Parts:
         """One whole round: the order of sending, the layout and the turns that later rounds reuse."""
 
         def whole(round_: Round) -> None:
-            self.take("dispatch with routing", exchange, kept, values, round_)
+            self.order, self.received, self.where = self.dispatch_with_routing(exchange, round_)
             self.turns = combine.find_turns(round_, self.received.experts, exchange.num_local_experts)
 
         kept = self.rows.new_empty(exchange.slots.memory.world * exchange.slots.shape.max_tokens, self.rows.shape[1])
@@ -100,6 +100,17 @@ class _Parts:
         for step in STEPS:
             in_round(exchange, partial(self.take, step, exchange, kept, values))
 
+    def dispatch_with_routing(self, exchange: Exchange, round_: Round) -> tuple[SendOrder, Received, Layout]:
+        local, shape = exchange.num_local_experts, exchange.slots.shape
+        dispatch.wait_to_send(round_)
+        order = dispatch.send_routing(round_, self.index, self.weights, local)
+        received, where = dispatch.receive_routing(
+            round_, shape.max_tokens, shape.top_k, local, exchange.capacity, exchange.tile_rows
+        )
+        dispatch.send_rows(round_, self.rows, order, local)
+        dispatch.wait_rows(round_)
+        return order, received, where
+
     def take(self, step: str, exchange: Exchange, kept: Tensor, values: Tensor, round_: Round) -> None:
         local, shape = exchange.num_local_experts, exchange.slots.shape
         if step == "dispatch":
@@ -107,13 +118,7 @@ class _Parts:
             dispatch.send_rows(round_, self.rows, self.order, local)
             dispatch.wait_rows(round_)
         elif step == "dispatch with routing":
-            dispatch.wait_to_send(round_)
-            self.order = dispatch.send_routing(round_, self.index, self.weights, local)
-            self.received, self.where = dispatch.receive_routing(
-                round_, shape.max_tokens, shape.top_k, local, exchange.capacity, exchange.tile_rows
-            )
-            dispatch.send_rows(round_, self.rows, self.order, local)
-            dispatch.wait_rows(round_)
+            self.dispatch_with_routing(exchange, round_)
         elif step == "dispatch by pull":
             dispatch_by_pull(round_, self.rows, self.received.experts, kept)
         else:

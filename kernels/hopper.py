@@ -340,6 +340,29 @@ if HAS_GLUON:
         thread_barrier()
 
     @gluon.jit
+    def consume_for_epilogue(
+        tiles, tile_count, a_stages, b_stages, full, empty, buffers, staged, taken,
+        WARPGROUP: gl.constexpr, DEPTH_SIZE: gl.constexpr, COLUMN_TILES: gl.constexpr, TRANSPOSED: gl.constexpr,
+        STAGES: gl.constexpr,
+    ):  # fmt: skip
+        """A consumer that leaves all but its product to the epilogue's warps."""
+        total = gl.load(tile_count) * COLUMN_TILES
+        stage = 0
+        phase = 0
+        taken_phase = 1
+        for tile in range(gl.program_id(0), total, gl.num_programs(0)):
+            _, start, end, _ = place(tiles, tile, COLUMN_TILES)
+            alive = start + WARPGROUP * _HALF < end
+            product, stage, phase = multiply(
+                a_stages, b_stages, full, empty, stage, phase, alive, WARPGROUP, DEPTH_SIZE, TRANSPOSED, STAGES
+            )
+            if alive:
+                mbarrier.wait(taken.index(WARPGROUP), taken_phase)
+                taken_phase = taken_phase ^ 1
+                stage_product(product, buffers, WARPGROUP)
+                mbarrier.arrive(staged.index(WARPGROUP), count=1)
+
+    @gluon.jit
     def sigmoid(x):
         """1 / (1 + exp(-x)) by the two approximate instructions: error below 1e-6, and a third of the instructions."""
         return gl.inline_asm_elementwise(

@@ -27,42 +27,19 @@ if HAS_GLUON:
         EPILOGUE,
         OPERAND,
         STAGED,
+        consume_for_epilogue,
         load_box,
         load_tiles,
         matrix,
-        multiply,
         new_barriers,
         place,
         reinterpret,
         sigmoid,
-        stage_product,
         thread_barrier,
     )
 
     _PIECES_AHEAD = gl.constexpr(2)
     _PIECE = gl.constexpr(32)  # rows that the epilogue of the down gradient holds in registers at a time
-
-    @gluon.jit
-    def _consume_down_gradient(
-        tiles, tile_count, a_stages, b_stages, full, empty, buffers, staged, taken,
-        WARPGROUP: gl.constexpr, HIDDEN: gl.constexpr, COLUMN_TILES: gl.constexpr, TRANSPOSED: gl.constexpr,
-        STAGES: gl.constexpr,
-    ):  # fmt: skip
-        total = gl.load(tile_count) * COLUMN_TILES
-        stage = 0
-        phase = 0
-        taken_phase = 1
-        for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-            _, start, end, _ = place(tiles, tile, COLUMN_TILES)
-            alive = start + WARPGROUP * _HALF < end
-            product, stage, phase = multiply(
-                a_stages, b_stages, full, empty, stage, phase, alive, WARPGROUP, HIDDEN, not TRANSPOSED, STAGES
-            )
-            if alive:
-                mbarrier.wait(taken.index(WARPGROUP), taken_phase)
-                taken_phase = taken_phase ^ 1
-                stage_product(product, buffers, WARPGROUP)
-                mbarrier.arrive(staged.index(WARPGROUP), count=1)
 
     @gluon.jit
     def _load_pre_activations(desc, ring, ready, step, start, first, INTERMEDIATE: gl.constexpr):
@@ -166,12 +143,12 @@ if HAS_GLUON:
         taken = new_barriers(2, 1)
         fence_async_shared()
         gl.warp_specialize([
-            (_consume_down_gradient, (
+            (consume_for_epilogue, (
                 tiles, tile_count, a_stages, b_stages, full, empty, buffers, staged, taken,
-                0, HIDDEN, COLUMN_TILES, TRANSPOSED, STAGES)),
-            (_consume_down_gradient, (
+                0, HIDDEN, COLUMN_TILES, not TRANSPOSED, STAGES)),
+            (consume_for_epilogue, (
                 tiles, tile_count, a_stages, b_stages, full, empty, buffers, staged, taken,
-                1, HIDDEN, COLUMN_TILES, TRANSPOSED, STAGES)),
+                1, HIDDEN, COLUMN_TILES, not TRANSPOSED, STAGES)),
             (load_tiles, (
                 context, ticket, output_gradient, output_gradient_desc, order, tiles, tile_count, w2_desc,
                 a_stages, b_stages, full, empty, HIDDEN, INTERMEDIATE, COLUMN_TILES, TOP_K, False, not TRANSPOSED,

@@ -29,41 +29,18 @@ if HAS_GLUON:
         EPILOGUE,
         OPERAND,
         STAGED,
+        consume_for_epilogue,
         load_tiles,
         matrix,
-        multiply,
         new_barriers,
         place,
         reinterpret,
-        stage_product,
     )
 
     _DEPTH_WORD, _MAX_TOKENS = gl.constexpr(protocol.DEPTH.value), gl.constexpr(protocol.MAX_TOKENS.value)
     _COMBINE_ROWS, _LINK_RATE = gl.constexpr(protocol.COMBINE_ROWS.value), gl.constexpr(protocol.LINK_RATE.value)
     _LINK_FREE_AT = gl.constexpr(protocol.LINK_FREE_AT.value)
     _PIECE = gl.constexpr(32)  # rows that a step of the epilogue stores
-
-    @gluon.jit
-    def _consume(
-        tiles, tile_count, a_stages, b_stages, full, empty, buffers, staged, taken,
-        WARPGROUP: gl.constexpr, DEPTH_SIZE: gl.constexpr, COLUMN_TILES: gl.constexpr, TRANSPOSED: gl.constexpr,
-        STAGES: gl.constexpr,
-    ):  # fmt: skip
-        total = gl.load(tile_count) * COLUMN_TILES
-        stage = 0
-        phase = 0
-        taken_phase = 1
-        for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-            _, start, end, _ = place(tiles, tile, COLUMN_TILES)
-            alive = start + WARPGROUP * _HALF < end
-            product, stage, phase = multiply(
-                a_stages, b_stages, full, empty, stage, phase, alive, WARPGROUP, DEPTH_SIZE, TRANSPOSED, STAGES
-            )
-            if alive:
-                mbarrier.wait(taken.index(WARPGROUP), taken_phase)
-                taken_phase = taken_phase ^ 1
-                stage_product(product, buffers, WARPGROUP)
-                mbarrier.arrive(staged.index(WARPGROUP), count=1)
 
     @gluon.jit
     def _globaltimer():
@@ -145,9 +122,9 @@ if HAS_GLUON:
         taken = new_barriers(2, 1)
         fence_async_shared()
         gl.warp_specialize([
-            (_consume, (tiles, tile_count, a_stages, b_stages, full, empty, buffers, staged, taken,
+            (consume_for_epilogue, (tiles, tile_count, a_stages, b_stages, full, empty, buffers, staged, taken,
                         0, DEPTH_SIZE, COLUMN_TILES, TRANSPOSED, STAGES)),
-            (_consume, (tiles, tile_count, a_stages, b_stages, full, empty, buffers, staged, taken,
+            (consume_for_epilogue, (tiles, tile_count, a_stages, b_stages, full, empty, buffers, staged, taken,
                         1, DEPTH_SIZE, COLUMN_TILES, TRANSPOSED, STAGES)),
             (load_tiles, (tiles, tiles, tiles, inputs_desc, tiles, tiles, tile_count, weight_desc, a_stages, b_stages,
                           full, empty, DEPTH_SIZE, HIDDEN, COLUMN_TILES, 0, False, TRANSPOSED, False, False, STAGES)),

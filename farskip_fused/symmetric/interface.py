@@ -54,7 +54,7 @@ class SymmetricMemory(ABC):
         self.by_put = False
         self.puts: dict[str, Any] | None = None
         if device.type == "cuda":
-            self.stream = torch.cuda.Stream(device)
+            self.stream = torch.cuda.Stream(device, priority=-1)  # what others wait for goes first
             torch.cuda.current_stream(device).synchronize()  # the context must exist before memory is mapped into it
             self.status.map_for_device()
         self.buffers: dict[Any, Any] = {}  # slots by shape, see slots.py
