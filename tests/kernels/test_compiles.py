@@ -21,6 +21,7 @@ OTHERS = {
 }  # fmt: skip
 
 
+@pytest.mark.timeout(600)  # two processes compile: on a busy machine they take several times as long
 @pytest.mark.parametrize("version", ["installed", *OLDER])
 def test_kernels_use_tensor_cores_and_fit_without_spills(version, tmp_path):
     path = [str(ROOT)]
