@@ -83,7 +83,7 @@ def test_the_wheel_holds_the_rooms_and_nothing_else(wheel):
     others = {name for name in names if not name.endswith(".py")}
     extension = {name for name in others if name.startswith("farskip_fused/_C.") and name.endswith(".so")}
     assert len(extension) == 1
-    assert others - extension == {"farskip_fused/py.typed", "farskip_fused/_C.pyi"}
+    assert others - extension == {"farskip_fused/py.typed", "farskip_fused/_C.pyi", "farskip_fused/tuned.json"}
 
 
 def test_the_metadata_name_licence_extras_and_few_requirements(wheel):

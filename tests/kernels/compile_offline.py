@@ -231,6 +231,7 @@ def exchange_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
 
             def run(slot=slot, with_gluon=with_gluon):
                 hopper.HAS_GLUON = with_gluon
+                project_to_owner(slot.round_, activated, where, TOP_K, w2, 1, 124)
                 for keep in (True, False):
                     experts.up_swiglu(rows, where, TOP_K, w13, keep, slot=slot, programs=124)
                 experts_backward.down_gradient_swiglu(rows, weights, where, w2, gate_up, slot=slot, programs=124)

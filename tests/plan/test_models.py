@@ -21,8 +21,8 @@ def test_named_models_have_the_published_number_of_parameters(name):
     assert MODELS[name].total() / 1e9 == pytest.approx(PUBLISHED[name], rel=0.012)
 
 
-def test_the_families_are_those_that_can_be_converted():
-    assert set(FAMILIES) == set(CONVERTED)
+def test_the_families_can_all_be_converted():
+    assert set(FAMILIES) <= set(CONVERTED)
 
 
 SMALL = {
