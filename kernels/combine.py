@@ -119,8 +119,10 @@ def _push_sums(
                     value = tl.load(values + place[:, None] * HIDDEN + column[None, :], mask=mask, other=0.0)
                     value = value.to(tl.float32)
                     if weights is not None:
-                        value *= tl.load(weights + entry, mask=place >= 0, other=0.0)[:, None]
-                    total += value
+                        weight = tl.load(weights + entry, mask=place >= 0, other=0.0)
+                        total = tl.fma(value, weight[:, None], total)
+                    else:
+                        total += value
                 mask = here[:, None] & in_row[None, :]
                 tl.store(target[:, None] + column[None, :], total.to(values.dtype.element_ty), mask=mask)
             if PACED:
@@ -156,8 +158,10 @@ def _sum(
             rows[:, None] + (k * HIDDEN + column)[None, :], mask=arrived[:, None] & in_row[None, :], other=0.0
         ).to(tl.float32)
         if weights is not None:
-            value *= tl.load(weights + token * TOP_K + k, mask=arrived, other=0.0)[:, None]
-        total += value
+            router_weight = tl.load(weights + token * TOP_K + k, mask=arrived, other=0.0)
+            total = tl.fma(value, router_weight[:, None], total)
+        else:
+            total += value
     at = token[:, None] * HIDDEN + column[None, :]
     # Rounded after every addition, so that the result is bit for bit that of separate additions.
     element = result.dtype.element_ty

@@ -35,9 +35,13 @@ def _sum_entries(
             place = tl.where(place < UNSORTED_EXPERTS, tl.where(place < 0, place, token * TOP_K + k), OUT_OF_RANGE)
         mask = (place >= 0)[:, None] & column_valid[None, :]
         value = tl.load(values + place[:, None] * HIDDEN + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        value = tl.where((place <= OUT_OF_RANGE)[:, None], float("nan"), value)
         if WEIGHTED:
-            value *= tl.load(weights + token * TOP_K + k, mask=place >= 0, other=0.0)[:, None]
-        total += tl.where((place <= OUT_OF_RANGE)[:, None], float("nan"), value)
+            # Fused by name: left to the compiler, this sum and that of the combine would round differently.
+            weight = tl.load(weights + token * TOP_K + k, mask=place >= 0, other=1.0)
+            total = tl.fma(value, weight[:, None], total)
+        else:
+            total += value
     mask = in_range[:, None] & column_valid[None, :]
     tl.store(result + token[:, None] * HIDDEN + column[None, :], total.to(result.dtype.element_ty), mask=mask)
 

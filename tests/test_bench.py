@@ -184,8 +184,7 @@ def test_every_kernel_of_the_layer_is_measured(small_layer, clock, monkeypatch, 
 
 
 def test_decode_reads_what_is_active_and_checks_vllm_first(small_layer, clock, monkeypatch):
-    monkeypatch.setattr(experts, "make_experts", lambda *_: small_layer)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("Gpu", (), {"L2_cache_size": 2**10}))
+    monkeypatch.setattr(decode, "make_copies", lambda *_: [small_layer] * 2)
     rows = decode.measure("64,32,8,2", SMALL, [1, 16], {"vllm": peers.Peer(grouped_mm_experts, trains=False)})
     assert rows[0]["active_bytes"] == SMALL.weight_bytes(SMALL.top_k)  # one token, distinct experts
     assert rows[0]["active_bytes"] <= rows[1]["active_bytes"] <= SMALL.weight_bytes(SMALL.experts)
