@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from farskip_fused.bench.pull import dispatch_by_pull
+from farskip_fused.bench.rounds import align, dispatch_with_routing, in_round, time_launches
 from farskip_fused.bench.shapes import Shape, random_routing
 from farskip_fused.exchange_setup import ExchangeOptions, set_up
 from farskip_fused.expert_parallel import Exchange
 from farskip_fused.kernels import combine, dispatch
 from farskip_fused.kernels.dispatch import Received, SendOrder
 from farskip_fused.kernels.layout import Layout
-from farskip_fused.kernels.protocol import ROUTING_ARRIVAL, Round, announce, wait_arrival
+from farskip_fused.kernels.protocol import Round
 from farskip_fused.symmetric import SymmetricMemory
 from farskip_fused.symmetric.slots import SlotShape
 
-STEPS = ("dispatch", "dispatch with routing", "dispatch by pull", "combine")
+# "combine" brings the experts' outputs, summed on their way; "combine of sums" what the caller has summed already, one
+# row a token and rank, which is DeepEP's job.
+STEPS = ("dispatch", "dispatch with routing", "dispatch by pull", "combine", "combine of sums")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,10 @@ def _measure(memory: SymmetricMemory, case: Case, iterations: int) -> Measured:
     local = exchange.num_local_experts
     mine = range(memory.rank * local, (memory.rank + 1) * local)
     routed = torch.stack([torch.isin(ids, torch.tensor(mine)).any(1) for ids in memory.gather(index.cpu())])
-    times = {step: _time(exchange, partial(parts.take, step, exchange, kept, values), iterations) for step in STEPS}
+    times = {}
+    for step in STEPS:
+        launch = partial(in_round, exchange, partial(parts.take, step, exchange, kept, values))
+        times[step] = time_launches(exchange, launch, iterations)
     memory.synchronize()
     return Measured(times, int(routed.sum()))
 
@@ -74,6 +77,7 @@ class _Parts:
     received: Received
     where: Layout
     turns: Tensor
+    own_rows: Tensor
 
     def __init__(self, rows: Tensor, index: Tensor, weights: Tensor) -> None:
         self.rows, self.index, self.weights = rows, index, weights
@@ -85,8 +89,12 @@ class _Parts:
         """One whole round: the order of sending, the layout and the turns that later rounds reuse."""
 
         def whole(round_: Round) -> None:
-            self.order, self.received, self.where = self.dispatch_with_routing(exchange, round_)
+            self.order, self.received, self.where = dispatch_with_routing(
+                exchange, round_, self.rows, self.index, self.weights
+            )
             self.turns = combine.find_turns(round_, self.received.experts, exchange.num_local_experts)
+            received_rows = self.received.experts.shape[0]
+            self.own_rows = torch.arange(received_rows, dtype=torch.int32, device=self.rows.device)[:, None]
 
         kept = self.rows.new_empty(exchange.slots.memory.world * exchange.slots.shape.max_tokens, self.rows.shape[1])
         values = self.rows.new_zeros(exchange.capacity, self.rows.shape[1])
@@ -100,17 +108,6 @@ class _Parts:
         for step in STEPS:
             in_round(exchange, partial(self.take, step, exchange, kept, values))
 
-    def dispatch_with_routing(self, exchange: Exchange, round_: Round) -> tuple[SendOrder, Received, Layout]:
-        local, shape = exchange.num_local_experts, exchange.slots.shape
-        dispatch.wait_to_send(round_)
-        order = dispatch.send_routing(round_, self.index, self.weights, local)
-        received, where = dispatch.receive_routing(
-            round_, shape.max_tokens, shape.top_k, local, exchange.capacity, exchange.tile_rows
-        )
-        dispatch.send_rows(round_, self.rows, order, local)
-        dispatch.wait_rows(round_)
-        return order, received, where
-
     def take(self, step: str, exchange: Exchange, kept: Tensor, values: Tensor, round_: Round) -> None:
         local, shape = exchange.num_local_experts, exchange.slots.shape
         if step == "dispatch":
@@ -118,56 +115,14 @@ class _Parts:
             dispatch.send_rows(round_, self.rows, self.order, local)
             dispatch.wait_rows(round_)
         elif step == "dispatch with routing":
-            self.dispatch_with_routing(exchange, round_)
+            dispatch_with_routing(exchange, round_, self.rows, self.index, self.weights)
         elif step == "dispatch by pull":
             dispatch_by_pull(round_, self.rows, self.received.experts, kept)
         else:
             combine.wait_to_send(round_)
-            combine.push_sums(round_, values, self.where.places, self.received.weights, self.turns)
+            if step == "combine":
+                combine.push_sums(round_, values, self.where.places, self.received.weights, self.turns, shape.top_k)
+            else:
+                combine.push_sums(round_, kept, self.own_rows, None, self.turns, shape.top_k)
             combine.announce_sent(round_)
             combine.combine_wait(round_, self.index, None, shape.hidden_size, shape.dtype, local)
-
-
-def in_round(exchange: Exchange, step: Callable[[Round], Any]) -> None:
-    """A round of one step, whose slots are released whether the step used them or not."""
-    ticket, round_ = exchange.open_round()
-    step(round_)
-    dispatch.release(round_)
-    combine.release(round_)
-    exchange.slots.close_round(ticket)
-
-
-def align(round_: Round) -> None:
-    """No rank goes on before all are here."""
-    announce(round_, ROUTING_ARRIVAL)
-    wait_arrival(round_, ROUTING_ARRIVAL)
-
-
-def _time(exchange: Exchange, step: Callable[[Round], Any], iterations: int) -> list[float]:
-    """ms of the step in each iteration: replays of a CUDA graph between events, on CPU calls by the clock."""
-    memory = exchange.slots.memory
-    if memory.device.type != "cuda":
-        times = []
-        for _ in range(iterations):
-            memory.barrier()
-            start = time.perf_counter()
-            in_round(exchange, step)
-            times.append((time.perf_counter() - start) * 1e3)
-        return times
-    graphs = []
-    for each in (align, step):
-        memory.synchronize()
-        memory.barrier()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            in_round(exchange, each)
-        graphs.append(graph)
-    memory.barrier()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(iterations)]
-    for start_event, end_event in events:
-        graphs[0].replay()
-        start_event.record()
-        graphs[1].replay()
-        end_event.record()
-    memory.synchronize()
-    return [start_event.elapsed_time(end_event) for start_event, end_event in events]

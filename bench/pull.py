@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from farskip_fused.kernels.dispatch import COLUMNS_AT_ONCE, ROWS_AT_ONCE, WARPS, wait_rows, wait_to_send
-from farskip_fused.kernels.machine import padded
+from farskip_fused.kernels.dispatch import WARPS, wait_rows, wait_to_send
+from farskip_fused.kernels.machine import INTERPRETED, padded
 from farskip_fused.kernels.protocol import (
     DISPATCH_ROWS,
     MAX_TOKENS,
@@ -25,6 +25,9 @@ from farskip_fused.kernels.protocol import (
     is_alive,
     row_pointers,
 )
+
+ROWS_AT_ONCE = 128 if INTERPRETED else 32
+COLUMNS_AT_ONCE = 1024
 
 
 @triton.jit(do_not_specialize=["tokens"])

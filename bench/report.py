@@ -17,7 +17,8 @@ def environment() -> dict[str, str]:
     import triton
 
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+    driver = answer.partition("\n")[0].strip()  # one line for each GPU
     facts = {
         "gpu": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__, "triton": triton.__version__,
         "date": datetime.date.today().isoformat(),

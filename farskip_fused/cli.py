@@ -232,6 +232,35 @@ def bench_comm(
     write_json(json_file, result)
 
 
+@bench.command("fused")
+def bench_fused(
+    shapes: Annotated[
+        list[str] | None, typer.Argument(help="Named shapes or hidden,intermediate,experts,top_k; two by default.")
+    ] = None,
+    ranks: Annotated[list[int] | None, typer.Option(min=2, help="Ranks; repeat for several. 4 by default.")] = None,
+    link: Annotated[
+        list[str] | None,
+        typer.Option(help="none, nvlink4 or GB/s of a GPU; repeat for several. The first two by default."),
+    ] = None,
+    sms: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Multiprocessors a rank that communication takes; repeat for several."),
+    ] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of a rank; repeat for several.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Time communication and GEMMs of the expert layer apart, one after the other and fused, between ranks."""
+    from farskip_fused.bench import fused as room
+
+    result = room.run(
+        shapes or list(room.SHAPES), ranks or list(room.RANKS), link or list(room.LINKS), sms or [None],
+        tokens or list(room.TOKENS),
+    )  # fmt: skip
+    room.render(result)
+    write_json(json_file, result)
+    raise typer.Exit(1 if result["failed"] else 0)
+
+
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="A named model such as deepseek-v3, or the path of a config.json.")],

@@ -15,15 +15,16 @@ from farskip_fused.launch import RankFailed, run_ranks
 SEQUENCES, SEQUENCE_LENGTH = 2, 24
 
 
-def run(model_path: Path, world: int = 2) -> dict[str, Any]:
+def run(model_path: Path, world: int = 2, device: str | None = None) -> dict[str, Any]:
     """Forward and backward of the checkpoint's MoE layers over ``world`` ranks, through the Triton kernels.
 
     Returns world, backend, and the relative errors of the logits and of all gradients against the unsplit model, whose
     experts are transformers' own. Where the GPU cannot host several ranks the world is 1 and ``note`` says why.
+    device: see ``run_ranks``; by default "cuda" where there is a GPU.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     note = {}
-    if device == "cuda":
+    if device != "cpu":
         try:
             run_ranks(_meet, world, device=device)
         except (OSError, RankFailed) as error:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from farskip_fused.errors import UsageError
 from farskip_fused.expert_parallel import Exchange
+from farskip_fused.kernels import dispatch
 from farskip_fused.kernels.machine import INTERPRETED
 from farskip_fused.kernels.tiles import choose_tile_rows
 from farskip_fused.local_experts import DTYPES, check_ids
@@ -105,18 +106,30 @@ def set_up(
     warm_up: launches every variant of every kernel once, on at most WARM_UP_TOKENS tokens. It is given an exchange of
     a world of one: loading a module while another kernel waits for a peer deadlocks.
     """
-    from farskip_fused.symmetric.local import LocalMemory
-
-    scratch = LocalMemory(memory.device, timeout=60.0)
-    scratch.puts = memory.puts
-    small = open_slots(scratch, replace(shape, max_tokens=WARM_UP_TOKENS))
-    warm_up(_new_exchange(small, memory.world, shape, num_experts, options))
-    scratch.synchronize()
-    scratch.close()
+    if not INTERPRETED:  # nothing is compiled or loaded there
+        _load_kernels(memory, shape, num_experts, options, warm_up)
     exchange = _new_exchange(open_slots(memory, shape), memory.world, shape, num_experts, options)
     memory.synchronize()
     memory.barrier()
     return exchange
+
+
+def _load_kernels(
+    memory: SymmetricMemory,
+    shape: SlotShape,
+    num_experts: int,
+    options: ExchangeOptions,
+    warm_up: Callable[[Exchange], None],
+) -> None:
+    from farskip_fused.symmetric.local import LocalMemory
+
+    scratch = LocalMemory(memory.device, timeout=60.0)
+    scratch.puts, scratch.link_rate = memory.puts, memory.link_rate
+    small = open_slots(scratch, replace(shape, max_tokens=WARM_UP_TOKENS))
+    warm_up(_new_exchange(small, memory.world, shape, num_experts, options))
+    dispatch.load_orders(memory.device, num_experts)
+    scratch.synchronize()
+    scratch.close()
 
 
 def _new_exchange(slots: Slots, world: int, shape: SlotShape, num_experts: int, options: ExchangeOptions) -> Exchange:

@@ -299,7 +299,7 @@ def _return(
     programs = exchange.gemm_programs
     if exchange.presummed:
         values = experts.project(inputs, where, weight, column_dim, programs=programs)
-        combine.push_sums(round_, values, where.places, weights, turns)
+        combine.push_sums(round_, values, where.places, weights, turns, exchange.top_k)
     else:
         project_to_owner(round_, inputs, where, exchange.top_k, weight, column_dim, programs)
 

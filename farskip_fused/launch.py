@@ -1,7 +1,8 @@
 """Start several ranks on this machine, each with symmetric memory; for tests, benchmarks and the demo.
 
-On CPU the ranks are processes over shared memory. On a GPU they are NVSHMEM processing elements, one a GPU where there
-are enough, otherwise side by side on GPU 0 under a private MPS daemon, each with its share of the SMs.
+On CPU the ranks are processes over shared memory. On GPUs they are NVSHMEM processing elements: one a GPU where there
+are enough; otherwise, or where one GPU is named, side by side on one under a private MPS daemon, each with its share of
+the SMs.
 Training and serving start their ranks with torchrun or the engine instead, and call ``farskip_fused.init``.
 """
 
@@ -43,15 +44,20 @@ def run_ranks(
     limit: float = 300.0,
     wait_timeout: float = 60.0,
     by_put: bool = False,
+    symmetric: bool = True,
 ) -> list[Any]:
     """Call ``function(memory, *args)`` on ``world`` ranks and return their results in order.
 
-    device: "cpu" or "cuda". limit: seconds after which the ranks are killed. wait_timeout, by_put: see ``init``.
+    device: "cpu"; "cuda" for one GPU a rank where there are enough, otherwise side by side on GPU 0; or such as
+        "cuda:0" for side by side on that GPU even so.
+    limit: seconds after which the ranks are killed. wait_timeout, by_put: see ``init``.
+    symmetric: False to open no symmetric memory: the function is called with its rank's torch.device in its place.
     function and args must be picklable (a function of a module). Raises RankFailed if a rank does not return.
     """
     outcomes = run_ranks_unchecked(
-        function, world, *args, device=device, limit=limit, wait_timeout=wait_timeout, by_put=by_put
-    )
+        function, world, *args,
+        device=device, limit=limit, wait_timeout=wait_timeout, by_put=by_put, symmetric=symmetric,
+    )  # fmt: skip
     for rank, outcome in enumerate(outcomes):
         if outcome.error is not None:
             raise RankFailed(f"Rank {rank} of {world} raised {outcome.error}\n{outcome.traceback}")
@@ -69,6 +75,7 @@ def run_ranks_unchecked(
     limit: float = 300.0,
     wait_timeout: float = 60.0,
     by_put: bool = False,
+    symmetric: bool = True,
 ) -> list[Outcome]:
     """As ``run_ranks``, for ranks that are meant to fail: returns what became of each."""
     context = multiprocessing.get_context("spawn")
@@ -80,8 +87,10 @@ def run_ranks_unchecked(
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
                 target=_rank_main,
-                args=(rank, world, str(folder / "store"), device, wait_timeout, by_put, sender, function, args),
-            )
+                args=(
+                    rank, world, str(folder / "store"), device, wait_timeout, by_put, symmetric, sender, function, args,
+                ),
+            )  # fmt: skip
             # Inherited, not set by the child: unpickling the function may import what asks the driver for its devices,
             # and from then on MPS is not looked for.
             with _environ(environment):
@@ -110,16 +119,22 @@ def _outcome(pipe: Any, deadline: float) -> Outcome:
 
 
 def _environment(world: int, device: str, stack: ExitStack) -> dict[str, str]:
-    if device != "cuda":
-        return {}
-    import torch
-
-    if world <= torch.cuda.device_count():
+    if device == "cpu" or len({_gpu_of(rank, world, device) for rank in range(world)}) == world:
         return {}
     return {
         **stack.enter_context(mps.private_daemon()),
         "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(100 // world),
     }
+
+
+def _gpu_of(rank: int, world: int, device: str) -> int:
+    """Which GPU a rank takes."""
+    import torch
+
+    index = torch.device(device).index
+    if index is not None:
+        return index
+    return rank if world <= torch.cuda.device_count() else 0
 
 
 @contextmanager
@@ -143,6 +158,7 @@ def _rank_main(
     device: str,
     wait_timeout: float,
     by_put: bool,
+    symmetric: bool,
     pipe: Any,
     function: Callable[..., Any],
     args: tuple[Any, ...],
@@ -153,19 +169,21 @@ def _rank_main(
     import farskip_fused as ff
 
     try:
-        if device == "cuda":
-            torch.cuda.set_device(rank if world <= torch.cuda.device_count() else 0)
-        else:
+        if device == "cpu":
+            where = torch.device(device)
             torch.set_num_threads(1)
+        else:
+            where = torch.device("cuda", _gpu_of(rank, world, device))
+            torch.cuda.set_device(where)
         rendezvous = dist.FileStore(store, world)
         dist.init_process_group("gloo", store=rendezvous, rank=rank, world_size=world)
         # A rank whose function returns or raises at once would otherwise be gone while others still connect to it,
         # and their failure to connect would hide its own error.
         rendezvous.set(f"connected {rank}", "")
         rendezvous.wait([f"connected {peer}" for peer in range(world)])
-        memory = ff.init(device=device, timeout=wait_timeout, by_put=by_put)
-        pipe.send(Outcome(result=function(memory, *args), finished=True))
-        if memory.status.read() is None:  # after a lost peer, closing together would wait for it again
+        memory = ff.init(device=where, timeout=wait_timeout, by_put=by_put) if symmetric else None
+        pipe.send(Outcome(result=function(where if memory is None else memory, *args), finished=True))
+        if memory is not None and memory.status.read() is None:  # after a lost peer, closing would wait for it again
             memory.close()
     except BaseException as error:
         pipe.send(Outcome(error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc(), finished=True))

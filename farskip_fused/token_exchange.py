@@ -215,7 +215,7 @@ class _Receive(torch.autograd.Function):
             gradient = torch.zeros(exchange.capacity, shape.hidden_size, dtype=shape.dtype, device=places.device)
         gradient = aligned(gradient)
         with exchange.beside():
-            combine.push_sums(round_, gradient, places, None, turns)
+            combine.push_sums(round_, gradient, places, None, turns, exchange.top_k)
             combine.announce_sent(round_)
         flight.leaving, flight.mark = (*flight.leaving, gradient, places, turns), exchange.mark()
         flight.check()
@@ -231,7 +231,7 @@ class _Return(torch.autograd.Function):
         (_, weights), where, turns = arrival
         with exchange.beside():
             combine.wait_to_send(round_)
-            combine.push_sums(round_, outputs, where.places, weights, turns)
+            combine.push_sums(round_, outputs, where.places, weights, turns, exchange.top_k)
             combine.announce_sent(round_)
         flight.leaving, flight.mark = (outputs, where.places, weights, turns), exchange.mark()
         if is_recomputing():

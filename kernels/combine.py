@@ -43,8 +43,11 @@ from .protocol import (
 
 BLOCK_TOKENS = 128 if INTERPRETED else 1
 BLOCK_HIDDEN = 128 if INTERPRETED else 1024
-ROWS_AT_ONCE = 128 if INTERPRETED else 8
 WARPS = 16
+# A warp takes a row, in chunks of a 16-byte load a lane, several in flight.
+ROWS_AT_ONCE = 128 if INTERPRETED else WARPS
+COLUMNS_OF_CHUNK = 256
+LOADS_AT_ONCE = 12
 
 
 class Extras(NamedTuple):
@@ -86,48 +89,63 @@ def _find_turns(
     tl.store(turns + row, tl.where(here, turn, -1), mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "rows_in_turn"])
 def _push_sums(
-    context, ticket, values, places, weights, turns, rows,
-    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, PACED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+    context, ticket, values, places, weights, turns, rows, rows_in_turn,
+    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, TERMS: tl.constexpr, PACED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
+    """A block of rows at a time, each in the hands of one warp."""
     if is_alive(context):
         max_tokens, rank = tl.load(context + MAX_TOKENS), tl.load(context + RANK)
         slot, own = slot_of(context, ticket), tl.load(context + PEERS + rank)
         first = slot * max_tokens
-        for start in range(tl.program_id(0) * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS):
-            row = start + tl.arange(0, BLOCK_ROWS)
-            turn = tl.load(turns + row, mask=row < rows, other=-1)
-            here = turn >= 0
-            owner = row // max_tokens
-            token = ((first + row % max_tokens) * TOP_K).to(tl.int64)
-            NBYTES: tl.constexpr = HIDDEN * values.dtype.element_ty.primitive_bitwidth // 8
-            base = tl.load(context + PEERS + owner)
-            there = base + tl.load(context + COMBINE_ROWS) + (token + turn) * NBYTES
-            # What cannot be stored at its owner is staged here, and put from there.
-            staged = own + tl.load(context + COMBINE_STAGED_ROWS) + (slot * rows + row) * NBYTES
-            target = pointers_at(tl.where(base == 0, staged, there), NBYTES, values.dtype.element_ty)
-            for column_start in range(0, HIDDEN, BLOCK_HIDDEN):
-                column = column_start + tl.arange(0, BLOCK_HIDDEN)
-                in_row = column < HIDDEN
-                total = tl.zeros((BLOCK_ROWS, BLOCK_HIDDEN), tl.float32)
-                for k in tl.static_range(TOP_K):  # all loads in flight at once
-                    entry = row.to(tl.int64) * TOP_K + k
-                    place = tl.load(places + entry, mask=here, other=-1).to(tl.int64)
-                    mask = (place >= 0)[:, None] & in_row[None, :]
-                    value = tl.load(values + place[:, None] * HIDDEN + column[None, :], mask=mask, other=0.0)
-                    value = value.to(tl.float32)
+        NBYTES: tl.constexpr = HIDDEN * values.dtype.element_ty.primitive_bitwidth // 8
+        # A program takes several blocks in turn: the cache lines of turns, places and weights that the first one waits
+        # for hold those of the others, and that wait is as long as the one for the rows.
+        for begin in range(tl.program_id(0) * rows_in_turn, rows, tl.num_programs(0) * rows_in_turn):
+            for start in range(begin, tl.minimum(begin + rows_in_turn, rows), BLOCK_ROWS):
+                row = start + tl.arange(0, BLOCK_ROWS)
+                turn = tl.load(turns + row, mask=row < rows, other=-1)
+                found = ()
+                factors = ()
+                for term in tl.static_range(TERMS):
+                    entry = row.to(tl.int64) * TERMS + term
+                    found += (tl.load(places + entry, mask=row < rows, other=-1),)  # type: ignore[assignment]
                     if weights is not None:
-                        weight = tl.load(weights + entry, mask=place >= 0, other=0.0)
-                        total = tl.fma(value, weight[:, None], total)
-                    else:
-                        total += value
-                mask = here[:, None] & in_row[None, :]
-                tl.store(target[:, None] + column[None, :], total.to(values.dtype.element_ty), mask=mask)
-            if PACED:
-                sent = tl.sum((here & (owner != rank) & (base != 0)).to(tl.int32))
-                pace(context, sent * (HIDDEN * values.dtype.element_ty.primitive_bitwidth // 8))
+                        factors += (tl.load(weights + entry, mask=row < rows, other=0.0),)  # type: ignore[assignment]
+                here = turn >= 0
+                owner = row // max_tokens
+                token = ((first + row % max_tokens) * TOP_K).to(tl.int64)
+                base = tl.load(context + PEERS + owner, mask=row < rows, other=0)
+                there = base + tl.load(context + COMBINE_ROWS) + (token + turn) * NBYTES
+                # What cannot be stored at its owner is staged here, and put from there.
+                staged = own + tl.load(context + COMBINE_STAGED_ROWS) + (slot * rows + row) * NBYTES
+                target = pointers_at(tl.where(base == 0, staged, there), NBYTES, values.dtype.element_ty)
+                for column_start in range(0, HIDDEN, CHUNKS * CHUNK):
+                    loaded = ()
+                    for part in tl.static_range(CHUNKS * TERMS):  # all in flight at once
+                        place = found[part % TERMS].to(tl.int64)
+                        column = column_start + part // TERMS * CHUNK + tl.arange(0, CHUNK)
+                        mask = (here & (place >= 0))[:, None] & (column < HIDDEN)[None, :]
+                        pointers = values + place[:, None] * HIDDEN + column[None, :]
+                        loaded += (tl.load(pointers, mask=mask, other=0.0),)  # type: ignore[assignment]
+                    for chunk in tl.static_range(CHUNKS):
+                        total = tl.zeros((BLOCK_ROWS, CHUNK), tl.float32)
+                        for term in tl.static_range(TERMS):
+                            value = loaded[chunk * TERMS + term].to(tl.float32)
+                            if weights is not None:
+                                # What is not routed here has a weight that nobody wrote, perhaps no number.
+                                factor = tl.where(here & (found[term] >= 0), factors[term], 0.0)
+                                total = tl.fma(value, factor[:, None], total)
+                            else:
+                                total += value
+                        column = column_start + chunk * CHUNK + tl.arange(0, CHUNK)
+                        mask = here[:, None] & (column < HIDDEN)[None, :]
+                        tl.store(target[:, None] + column[None, :], total.to(values.dtype.element_ty), mask=mask)
+                if PACED:
+                    sent = tl.sum((here & (owner != rank) & (base != 0)).to(tl.int32))
+                    pace(context, sent * NBYTES)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -271,18 +289,22 @@ def announce_sent(round_: Round) -> None:
     announce(round_, COMBINE_ARRIVAL)
 
 
-def push_sums(round_: Round, values: Tensor, places: Tensor, weights: Tensor | None, turns: Tensor) -> None:
+def push_sums(round_: Round, values: Tensor, places: Tensor, weights: Tensor | None, turns: Tensor, top_k: int) -> None:
     """The pre-summed form: sum this rank's rows of each token and bring the sums to their owners.
 
-    values: [C, H] in sorted order. places: [R, K] int32 of ``Layout``. weights: [R, K] float32, None for a plain sum.
-    turns: [R] int32 of ``find_turns``.
+    values: [C, H]. places: [R, P] int32, the rows of ``values`` that make up each sum, -1 for none: those of
+    ``Layout``, with P the top-k, where values are in sorted order. weights: [R, P] float32, None for a plain sum.
+    turns: [R] int32 of ``find_turns``. top_k: experts of a token.
     """
     hidden = values.shape[1]
-    rows, top_k = places.shape
+    rows, terms = places.shape
+    chunk = min(padded(hidden), COLUMNS_OF_CHUNK)
+    chunks = max(min(LOADS_AT_ONCE // terms, triton.cdiv(hidden, chunk)), 1)
+    blocks_in_turn = max(min(rows // (round_.programs * ROWS_AT_ONCE), 4), 1)
     _push_sums[(round_.programs,)](
-        round_.context, round_.ticket, values, places, weights, turns, rows,
-        HIDDEN=hidden, TOP_K=top_k, PACED=round_.paced,
-        BLOCK_ROWS=ROWS_AT_ONCE, BLOCK_HIDDEN=min(padded(hidden), BLOCK_HIDDEN), num_warps=WARPS,
+        round_.context, round_.ticket, values, places, weights, turns, rows, blocks_in_turn * ROWS_AT_ONCE,
+        HIDDEN=hidden, TOP_K=top_k, TERMS=terms, PACED=round_.paced,
+        BLOCK_ROWS=ROWS_AT_ONCE, CHUNK=chunk, CHUNKS=chunks, num_warps=WARPS,
     )  # fmt: skip
     if round_.puts is not None:
         put.put_sums(round_, turns, top_k, hidden * values.itemsize)

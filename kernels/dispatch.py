@@ -16,7 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from . import put
-from .layout import LARGEST_CHUNK, Layout, block_entries_of, entry_sizes, local_layout, new_block_counts, sort_received
+from .layout import (
+    LARGEST_CHUNK,
+    Layout,
+    block_entries_of,
+    entry_sizes,
+    load_local_layout,
+    local_layout,
+    new_block_counts,
+    sort_received,
+)
 from .machine import INTERPRETED, padded
 from .protocol import (
     CODE_EXPERT_OUT_OF_RANGE,
@@ -40,6 +49,7 @@ from .protocol import (
     is_alive,
     own_region,
     pace,
+    raise_flag,
     region,
     row_pointers,
     slot_of,
@@ -50,16 +60,24 @@ from .protocol import (
 SCALE_COLUMNS = 128  # columns of an fp8 row that share a scale
 FP8_LARGEST = 448.0  # of e4m3
 _SCALE_COLUMNS, _FP8_LARGEST = tl.constexpr(SCALE_COLUMNS), tl.constexpr(FP8_LARGEST)
+ORDER_TILE_ROWS = 1024  # the order has no use for tiles
 ROUTING_BLOCK = 8192 if INTERPRETED else 1024  # the interpreter pays by the program, not by the row
-ROWS_AT_ONCE = 128 if INTERPRETED else 32
-COLUMNS_AT_ONCE = 1024
 WARPS = 16  # one program fills a multiprocessor's share of loads in flight
+# A warp takes a row, in chunks of a 16-byte load a lane; wider blocks would give every thread parts of eight rows, and
+# eight times the loads of what belongs to a row. In flight: 64 KB a program.
+ROWS_AT_ONCE = 128 if INTERPRETED else WARPS
+COLUMNS_OF_CHUNK = 256
+CHUNKS_AT_ONCE = 8
+FLAG_BATCHES = 4
+KEPT_ROWS_AT_ONCE = 128 if INTERPRETED else 16
+KEPT_COLUMNS_AT_ONCE = 1024
 
 
 class SendOrder(NamedTuple):
     """In which order this rank's rows leave.
 
-    experts: [T, K] int32 global ids. order: [T * K] int32 entries in sending order. entries: [1] int32, how many.
+    experts: [T, K] int32 global ids. order: [T * K] int32 entries in sending order, of those that lead to a rank: each
+    token's lowest expert there, with which its row is sent. entries: [1] int32, how many.
     """
 
     experts: Tensor
@@ -81,8 +99,9 @@ class Received(NamedTuple):
 @triton.jit(do_not_specialize=["entries"])
 def _push_routing(
     context, ticket, experts, weights, keys, entries,
-    NUM_LOCAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
+    NUM_LOCAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, ANNOUNCED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """ANNOUNCED: the only program for a peer raises its flag itself."""
     block, peer = tl.program_id(0), tl.program_id(1)
     world, rank = tl.load(context + WORLD), tl.load(context + RANK)
     entry = block * BLOCK + tl.arange(0, BLOCK)
@@ -94,9 +113,16 @@ def _push_routing(
             zero = tl.full((), 0, tl.int64)
             seen = tl.max(tl.where(wrong, expert, -2147483648)).to(tl.int64)
             fail(context, CODE_EXPERT_OUT_OF_RANGE, zero, zero, zero, NUM_LOCAL_EXPERTS * world, seen)
+        # The token's lowest expert at a rank sends the row, its others there find it. The senders' kernels see leading
+        # entries alone: half of a batch of all entries would have nothing to send.
+        leads = (expert >= 0) & ~wrong
+        for k in tl.static_range(TOP_K):
+            other = tl.load(experts + entry // TOP_K * TOP_K + k, mask=in_range, other=-1)
+            at_peer = (other >= 0) & (other // NUM_LOCAL_EXPERTS == expert // NUM_LOCAL_EXPERTS)
+            leads &= ~(at_peer & ((other < expert) | ((other == expert) & (k < entry % TOP_K))))
         turn = (expert // NUM_LOCAL_EXPERTS - rank + world) % world
         key = (expert % NUM_LOCAL_EXPERTS) * world + turn
-        tl.store(keys + entry, tl.where((expert >= 0) & ~wrong, key, -1).to(tl.int32), mask=in_range)
+        tl.store(keys + entry, tl.where(leads, key, -1).to(tl.int32), mask=in_range)
     if is_alive(context) & (tl.load(context + PEERS + peer) != 0):
         source = slot_of(context, ticket) * world + rank
         there = source * tl.load(context + MAX_TOKENS) * TOP_K + entry
@@ -105,62 +131,104 @@ def _push_routing(
         tl.store(region(context, peer, DISPATCH_WEIGHTS, tl.float32) + there, weight, mask=in_range)
         if block == 0:
             tl.store(region(context, peer, DISPATCH_COUNTS, tl.int32) + source, entries // TOP_K)
+        if ANNOUNCED and tl.num_programs(0) == 1:
+            tl.debug_barrier()
+            raise_flag(context, ticket, peer, ROUTING_ARRIVAL, 0)
 
 
 @triton.jit
 def _push_rows(
     context, ticket, rows, experts, order, entries,
-    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr, NUM_LOCAL_EXPERTS: tl.constexpr,
+    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, NUM_LOCAL_EXPERTS: tl.constexpr,
     PLANE: tl.constexpr, FP8: tl.constexpr, PACED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, FLAG_BATCHES: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
+    """Groups of batches of rows, each row in the hands of one warp, and then the group's flags."""
     if is_alive(context):
         rank = tl.load(context + RANK)
         first_row = tl.load(ticket + TICKET_FIRST_ROW + PLANE) + rank * tl.load(context + MAX_TOKENS)
         epoch = tl.load(ticket).to(tl.int32)
         total = tl.load(entries)
-        k = tl.arange(0, TOP_K_PADDED)
         element: tl.constexpr = tl.float8e4nv if FP8 else rows.dtype.element_ty
         # A slot has room for wide rows; narrow ones start where those would, or the slots of two rounds would overlap.
         NARROWING: tl.constexpr = rows.dtype.element_ty.primitive_bitwidth // element.primitive_bitwidth
-        SCALES: tl.constexpr = BLOCK_HIDDEN // _SCALE_COLUMNS
         SCALES_PER_ROW: tl.constexpr = (HIDDEN + _SCALE_COLUMNS - 1) // _SCALE_COLUMNS
-        for start in range(tl.program_id(0) * BLOCK_ROWS, total, tl.num_programs(0) * BLOCK_ROWS):
-            place = start + tl.arange(0, BLOCK_ROWS)
-            in_range = place < total
-            entry = tl.load(order + place, mask=in_range, other=0)
+        # Flags go up for several batches at once: their release waits for every store before it, and costs more than a
+        # batch. With few rows every program gets some all the same.
+        batches = tl.minimum(tl.maximum(total // (tl.num_programs(0) * BLOCK_ROWS), 1), FLAG_BATCHES)
+        groups = tl.cdiv(total, batches * BLOCK_ROWS)
+        lane = tl.arange(0, BLOCK_ROWS)
+        # Entries and experts are loaded two batches and one batch ahead: their latency lies under that of rows.
+        place = _start_of(0, batches, BLOCK_ROWS) + lane
+        entry = tl.load(order + place, mask=place < total, other=0)
+        expert = tl.load(experts + entry, mask=place < total, other=0)
+        place = _start_of(1, batches, BLOCK_ROWS) + lane
+        next_entry = tl.load(order + place, mask=place < total, other=0)
+        for batch in range(0, tl.cdiv(groups - tl.program_id(0), tl.num_programs(0)) * batches):
+            start = _start_of(batch, batches, BLOCK_ROWS)
+            in_range = start + lane < total
             token = (entry // TOP_K).to(tl.int64)
-            expert = tl.load(experts + entry, mask=in_range, other=0)
-            peer = expert // NUM_LOCAL_EXPERTS
-            # The token's first expert at a rank sends the row; its others there find it.
-            exists = in_range[:, None] & (k < TOP_K)[None, :]
-            other = tl.load(experts + token[:, None] * TOP_K + k[None, :], mask=exists, other=-1)
-            at_peer = (other >= 0) & (other // NUM_LOCAL_EXPERTS == peer[:, None])
-            leads = in_range & (tl.min(tl.where(at_peer, other, 2147483647), axis=1) == expert)
             row = first_row + token
-            # What cannot be stored at a peer is staged where this rank's own rows go, and put from there.
-            landing = tl.where(tl.load(context + PEERS + peer) == 0, rank, peer)
+            landing = _landing(context, expert // NUM_LOCAL_EXPERTS, rank)
             target = row_pointers(context, landing, DISPATCH_ROWS, row, HIDDEN * NARROWING, element)
-            for column_start in range(0, HIDDEN, BLOCK_HIDDEN):
-                column = column_start + tl.arange(0, BLOCK_HIDDEN)
-                mask = leads[:, None] & (column < HIDDEN)[None, :]
-                values = tl.load(rows + token[:, None] * HIDDEN + column[None, :], mask=mask, other=0.0)
-                if FP8:
-                    groups = tl.reshape(values.to(tl.float32), [BLOCK_ROWS, SCALES, _SCALE_COLUMNS])
-                    scale = tl.maximum(tl.max(tl.abs(groups), axis=2) / _FP8_LARGEST, 1e-30)
-                    values = tl.reshape(groups / scale[:, :, None], [BLOCK_ROWS, BLOCK_HIDDEN])
-                    group = column_start // _SCALE_COLUMNS + tl.arange(0, SCALES)
-                    scales = row_pointers(context, landing, DISPATCH_SCALES, row, SCALES_PER_ROW, tl.float32)
-                    scale_mask = leads[:, None] & (group < SCALES_PER_ROW)[None, :]
-                    tl.store(scales[:, None] + group[None, :], scale, mask=scale_mask)
-                tl.store(target[:, None] + column[None, :], values.to(element), mask=mask)
-            if PACED:
-                sent = tl.sum((leads & (landing != rank)).to(tl.int32))
-                pace(context, sent * (HIDDEN * element.primitive_bitwidth // 8))
-            # All warps' stores come before the flags: the barrier orders them within the program, the release beyond.
-            tl.debug_barrier()
-            flags = (tl.load(context + PEERS + landing) + tl.load(context + ROW_ARRIVAL)).to(tl.pointer_type(tl.int32))
-            tl.atomic_xchg(flags + row, tl.zeros_like(entry) + epoch, mask=leads, sem="release", scope="sys")
+            for column_start in tl.static_range(0, HIDDEN, CHUNKS * CHUNK):
+                loaded = ()
+                for chunk in tl.static_range(CHUNKS):
+                    column = column_start + chunk * CHUNK + tl.arange(0, CHUNK)
+                    mask = in_range[:, None] & (column < HIDDEN)[None, :]
+                    pointers = rows + token[:, None] * HIDDEN + column[None, :]
+                    loaded += (tl.load(pointers, mask=mask, other=0.0),)  # type: ignore[assignment]
+                if column_start == 0:
+                    next_place = _start_of(batch + 1, batches, BLOCK_ROWS) + lane
+                    expert = tl.load(experts + next_entry, mask=next_place < total, other=0)
+                    entry = next_entry
+                    next_place = _start_of(batch + 2, batches, BLOCK_ROWS) + lane
+                    next_entry = tl.load(order + next_place, mask=next_place < total, other=0)
+                for chunk in tl.static_range(CHUNKS):
+                    column = column_start + chunk * CHUNK + tl.arange(0, CHUNK)
+                    mask = in_range[:, None] & (column < HIDDEN)[None, :]
+                    values = loaded[chunk]  # type: ignore[misc, var-annotated]
+                    if FP8:
+                        groups_of_row = tl.reshape(
+                            values.to(tl.float32), [BLOCK_ROWS, CHUNK // _SCALE_COLUMNS, _SCALE_COLUMNS]
+                        )
+                        scale = tl.maximum(tl.max(tl.abs(groups_of_row), axis=2) / _FP8_LARGEST, 1e-30)
+                        values = tl.reshape(groups_of_row / scale[:, :, None], [BLOCK_ROWS, CHUNK])
+                        scale_column = (column_start + chunk * CHUNK) // _SCALE_COLUMNS
+                        scale_column += tl.arange(0, CHUNK // _SCALE_COLUMNS)
+                        scales = row_pointers(context, landing, DISPATCH_SCALES, row, SCALES_PER_ROW, tl.float32)
+                        scale_mask = in_range[:, None] & (scale_column < SCALES_PER_ROW)[None, :]
+                        tl.store(scales[:, None] + scale_column[None, :], scale, mask=scale_mask)
+                    tl.store(target[:, None] + column[None, :], values.to(element), mask=mask)
+            if batch % batches == batches - 1:
+                first = start - (batches - 1) * BLOCK_ROWS
+                sent_place = first + tl.arange(0, BLOCK_ROWS * FLAG_BATCHES)
+                is_sent = sent_place < tl.minimum(start + BLOCK_ROWS, total)
+                sent = tl.load(order + sent_place, mask=is_sent, other=0)
+                peer = tl.load(experts + sent, mask=is_sent, other=0) // NUM_LOCAL_EXPERTS
+                sent_to = _landing(context, peer, rank)
+                if PACED:
+                    remote = tl.sum((is_sent & (sent_to != rank)).to(tl.int32))
+                    pace(context, remote * (HIDDEN * element.primitive_bitwidth // 8))
+                base = tl.load(context + PEERS + sent_to) + tl.load(context + ROW_ARRIVAL)
+                flags = base.to(tl.pointer_type(tl.int32)) + first_row + (sent // TOP_K).to(tl.int64)
+                # All warps' stores come before the flags: the barrier orders them within the program, the release
+                # beyond.
+                tl.debug_barrier()
+                tl.atomic_xchg(flags, tl.zeros_like(sent) + epoch, mask=is_sent, sem="release", scope="sys")
+
+
+@triton.jit
+def _start_of(batch, batches, BLOCK_ROWS: tl.constexpr):
+    """Where a batch of this program's begins: programs take groups of so many batches in turn."""
+    group = batch // batches * tl.num_programs(0) + tl.program_id(0)
+    return (group * batches + batch % batches) * BLOCK_ROWS
+
+
+@triton.jit
+def _landing(context, peer, rank):
+    """Where rows for a peer are stored: what no store brings there is staged where this rank's own rows go."""
+    return tl.where(tl.load(context + PEERS + peer) == 0, rank, peer)
 
 
 @triton.jit(do_not_specialize=["entries", "block_entries"])
@@ -248,15 +316,22 @@ def send_routing(round_: Round, experts: Tensor, weights: Tensor, num_local_expe
     """
     keys = torch.empty_like(experts)
     entries = experts.numel()
-    _push_routing[(max(triton.cdiv(entries, ROUTING_BLOCK), 1), round_.world)](
+    blocks = max(triton.cdiv(entries, ROUTING_BLOCK), 1)
+    _push_routing[(blocks, round_.world)](
         round_.context, round_.ticket, experts, weights, keys, entries,
-        NUM_LOCAL_EXPERTS=num_local_experts, TOP_K=experts.shape[1], BLOCK=ROUTING_BLOCK,
+        NUM_LOCAL_EXPERTS=num_local_experts, TOP_K=experts.shape[1], ANNOUNCED=round_.puts is None, BLOCK=ROUTING_BLOCK,
     )  # fmt: skip
     if round_.puts is not None:
         put.put_routing(round_, entries, experts.shape[1])
-    announce(round_, ROUTING_ARRIVAL)
-    where = local_layout(keys, round_.world * num_local_experts, tile_rows=1024, one_variant=True)
+    if round_.puts is not None or blocks > 1:
+        announce(round_, ROUTING_ARRIVAL)
+    where = local_layout(keys, round_.world * num_local_experts, ORDER_TILE_ROWS)
     return SendOrder(experts, where.order, where.offsets[-1:])
+
+
+def load_orders(device: torch.device, num_experts: int) -> None:
+    """Launch every variant of what finds the order of sending, whatever the number of tokens."""
+    load_local_layout(device, num_experts, ORDER_TILE_ROWS)
 
 
 def send_rows(
@@ -268,11 +343,12 @@ def send_rows(
     plane: which of a token's rows in this round. fp8: as e4m3, with a scale for each 128 columns.
     """
     hidden, top_k = rows.shape[1], send.experts.shape[1]
+    chunk = max(min(padded(hidden), COLUMNS_OF_CHUNK), SCALE_COLUMNS)
     _push_rows[(round_.programs,)](
         round_.context, round_.ticket, rows, *send,
-        HIDDEN=hidden, TOP_K=top_k, TOP_K_PADDED=padded(top_k), NUM_LOCAL_EXPERTS=num_local_experts,
-        PLANE=plane, FP8=fp8, PACED=round_.paced, BLOCK_ROWS=ROWS_AT_ONCE, BLOCK_HIDDEN=_columns_at_once(hidden),
-        num_warps=WARPS,
+        HIDDEN=hidden, TOP_K=top_k, NUM_LOCAL_EXPERTS=num_local_experts,
+        PLANE=plane, FP8=fp8, PACED=round_.paced, BLOCK_ROWS=ROWS_AT_ONCE,
+        FLAG_BATCHES=FLAG_BATCHES, CHUNK=chunk, CHUNKS=min(CHUNKS_AT_ONCE, triton.cdiv(hidden, chunk)), num_warps=WARPS,
     )  # fmt: skip
     if round_.puts is not None:
         stride = hidden * rows.itemsize
@@ -316,7 +392,8 @@ def keep_rows(round_: Round, experts: Tensor, kept: Tensor, *, fp8: bool = False
     _keep_rows[(round_.programs,)](
         round_.context, round_.ticket, experts, kept,
         HIDDEN=hidden, TOP_K=top_k, TOP_K_PADDED=padded(top_k), FP8=fp8,
-        BLOCK_ROWS=ROWS_AT_ONCE // 2, BLOCK_HIDDEN=_columns_at_once(hidden), num_warps=WARPS,
+        BLOCK_ROWS=KEPT_ROWS_AT_ONCE, BLOCK_HIDDEN=max(min(padded(hidden), KEPT_COLUMNS_AT_ONCE), SCALE_COLUMNS),
+        num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -331,7 +408,3 @@ def poison_if_failed(context: Tensor, gate_up_gradient: Tensor, weighted_activat
     _poison[(8 if INTERPRETED else 128,)](
         context, gate_up_gradient, weighted_activation, rows, INTERMEDIATE=intermediate, BLOCK=1024, num_warps=4
     )
-
-
-def _columns_at_once(hidden: int) -> int:
-    return max(min(padded(hidden), COLUMNS_AT_ONCE), SCALE_COLUMNS)

@@ -168,27 +168,36 @@ if HAS_GLUON:
     def await_rows(context, ticket, row, deadline):
         """Spin until the row flag of each row is the round's epoch, or the deadline is past: it is noted then.
 
-        Every thread waits for the rows that it copies itself, so its acquire is all the order that the copies need.
+        Every thread waits for the rows that it copies itself. It looks at all of their flags at once and has one fence
+        for them: acquiring loads wait for each other, and a tile of them took two thirds of the tile's products.
         """
         base = gl.load(context + _PEERS + gl.load(context + _RANK)) + gl.load(context + _ROW_ARRIVAL)
         expired = (context + _EXPIRED).to(gl.int64)
         epoch = gl.load(ticket).to(gl.int32)
-        return gl.inline_asm_elementwise(
+        address = base + row * 4
+        seen = gl.inline_asm_elementwise(
+            "ld.relaxed.sys.global.b32 $0, [$1];", "=r,l", [address], dtype=gl.int32, is_pure=False, pack=1
+        )
+        gl.inline_asm_elementwise(
             """{
             .reg .pred p;
             .reg .b64 now;
+            mov.b32 $0, $1;
             again:
-            ld.acquire.sys.global.b32 $0, [$1];
-            setp.eq.s32 p, $0, $2;
+            setp.eq.s32 p, $0, $3;
             @p bra done;
             mov.u64 now, %globaltimer;
-            setp.lt.s64 p, now, $3;
-            @p bra again;
-            st.relaxed.sys.global.b64 [$4], 1;
+            setp.ge.s64 p, now, $4;
+            @p bra late;
+            ld.relaxed.sys.global.b32 $0, [$2];
+            bra again;
+            late:
+            st.relaxed.sys.global.b64 [$5], 1;
             done:
             }""",
-            "=&r,l,r,l,l", [base + row * 4, epoch, deadline, expired], dtype=gl.int32, is_pure=False, pack=1,
+            "=&r,r,l,r,l,l", [seen, address, epoch, deadline, expired], dtype=gl.int32, is_pure=False, pack=1,
         )  # fmt: skip
+        gl.inline_asm_elementwise("fence.acq_rel.sys; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
     @gluon.jit
     def load_tiles(

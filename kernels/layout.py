@@ -183,15 +183,13 @@ def sort_received(
     return layout
 
 
-def local_layout(experts: Tensor, num_experts: int, tile_rows: int, one_variant: bool = False) -> Layout:
+def local_layout(experts: Tensor, num_experts: int, tile_rows: int) -> Layout:
     """Sort the entries of this rank's own tokens.
 
     experts: [T, K] integers; -1 is not routed, and neither are ids out of range, which ``places`` tells apart.
-    one_variant: compile the same kernels for every number of tokens; loading another one while a kernel waits for a
-    peer would deadlock.
     """
     entries = experts.numel()
-    if entries <= SINGLE_PROGRAM_ENTRIES and not one_variant:
+    if entries <= SINGLE_PROGRAM_ENTRIES:
         layout = empty_layout(experts, num_experts, entries, tile_rows)
         _launch_sort(layout, None, experts, None, entries, choose_chunk(entries))
         return layout
@@ -201,6 +199,12 @@ def local_layout(experts: Tensor, num_experts: int, tile_rows: int, one_variant:
         experts, block_counts, entries, block_entries, **entry_sizes(num_experts), CHUNK=LARGEST_CHUNK, num_warps=8
     )
     return sort_counted(experts, block_counts, block_entries, tile_rows)
+
+
+def load_local_layout(device: torch.device, num_experts: int, tile_rows: int) -> None:
+    """Launch every variant of ``local_layout`` for int32 ids: which one it takes follows from the number of entries."""
+    for entries in (1, SMALLEST_CHUNK + 1, SINGLE_PROGRAM_ENTRIES + 1):
+        local_layout(torch.full((entries, 1), -1, dtype=torch.int32, device=device), num_experts, tile_rows)
 
 
 def unsorted_layout(experts: Tensor) -> Layout:

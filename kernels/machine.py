@@ -66,8 +66,24 @@ def _round_to_fp8() -> None:
     interpreter._convert_float = convert_float
 
 
+def _multiply_rows_alike() -> None:
+    """Matrix products whose rows do not depend on where in a block they stand, as on a GPU.
+
+    BLAS, which the interpreter calls, rounds the rows of a block differently on some processors; ranks that share out
+    the rows of one expert would then differ from one rank in the last bit.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(self, a, b, d, *_):
+        a_data, b_data = (side.data.astype(d.data.dtype) for side in (a, b))
+        return TensorHandle(np.einsum("ij,jk->ik", a_data, b_data) + d.data, d.dtype.scalar)
+
+    InterpreterBuilder.create_dot = create_dot
+
+
 if INTERPRETED:
     _interpret_standard_library()
+    _multiply_rows_alike()
     _count_in_int32()
     _round_to_fp8()
     # Triton's own takes the interpreter a second and a half for 1024 elements: it reduces by xor, one by one.

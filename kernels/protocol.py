@@ -215,12 +215,17 @@ def _wait(context, ticket, FLAGS: tl.constexpr, IS_CREDIT: tl.constexpr, PLANE: 
 
 
 @triton.jit
+def raise_flag(context, ticket, peer, FLAGS: tl.constexpr, PLANE: tl.constexpr):
+    """Raise this rank's flag at a peer that stores reach; covers what this thread has seen done."""
+    index = flag_index(context, ticket, FLAGS, PLANE) + tl.load(context + RANK)
+    tl.atomic_xchg(region(context, peer, FLAGS, tl.int64) + index, tl.load(ticket), sem="release", scope="sys")
+
+
+@triton.jit
 def _announce(context, ticket, FLAGS: tl.constexpr, PLANE: tl.constexpr):
     peer = tl.program_id(0)
     if is_alive(context) & (tl.load(context + PEERS + peer) != 0):
-        index = flag_index(context, ticket, FLAGS, PLANE) + tl.load(context + RANK)
-        flag = region(context, peer, FLAGS, tl.int64) + index
-        tl.atomic_xchg(flag, tl.load(ticket), sem="release", scope="sys")
+        raise_flag(context, ticket, peer, FLAGS, PLANE)
 
 
 class Round(NamedTuple):

@@ -16,14 +16,14 @@ from farskip_fused.doctor.facts import mps_state
 
 
 @cache
-def missing_for(mark: str) -> str | None:
-    """What this machine lacks for tests of that mark, or None."""
+def missing_for(mark: str, world: int) -> str | None:
+    """What this machine lacks for tests of that mark with so many ranks, or None."""
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if mark == "rung2":
         return "needs a process that sees no GPU: set CUDA_VISIBLE_DEVICES to nothing" if gpus else None
-    wanted = 2 if mark == "rung4" else 1
+    wanted = world if mark == "rung4" else 1
     if gpus < wanted:
         return f"needs {wanted} CUDA GPU{'s' if wanted > 1 else ''}, there {'is' if gpus == 1 else 'are'} {gpus}"
     if mark != "gpu" and importlib.util.find_spec("nvshmem") is None:
@@ -34,7 +34,8 @@ def missing_for(mark: str) -> str | None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    world = item.callspec.params.get("world", 2) if hasattr(item, "callspec") else 2
     for mark in ("gpu", "rung2", "rung3", "rung4"):
-        reason = missing_for(mark) if item.get_closest_marker(mark) else None
+        reason = missing_for(mark, world) if item.get_closest_marker(mark) else None
         if reason:
             pytest.skip(f"{mark} {reason}")

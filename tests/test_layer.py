@@ -11,6 +11,7 @@ from farskip_fused.launch import run_ranks
 from farskip_fused.layer import OverlappedLayer
 from farskip_fused.schedule import ACTIONS, forward_order
 from tests.numerics import DEVICE, assert_close
+from tests.rungs import RUNGS
 
 HIDDEN, LAYERS, TOKENS = 32, 3, 12
 
@@ -135,9 +136,7 @@ def compare_on_rank(memory):
     compare(layers, embedding, gradient)
 
 
-@pytest.mark.parametrize(
-    "device", [pytest.param("cpu", marks=pytest.mark.rung2), pytest.param("cuda", marks=pytest.mark.rung3)]
-)
+@pytest.mark.parametrize("device", RUNGS)
 def test_schedule_equals_definition_on_two_ranks(device):
     run_ranks(compare_on_rank, 2, device=device)
 

@@ -8,11 +8,11 @@ from farskip_fused import reference
 from farskip_fused.kernels import protocol
 from farskip_fused.launch import run_ranks
 from tests.numerics import DEVICE, assert_close
+from tests.rungs import RUNGS
 from tests.symmetric import rank_programs
 from tests.symmetric.rank_programs import experts_of_a_user
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, MAX_TOKENS = 48, 40, 8, 3, 32
-RUNGS = [pytest.param("cpu", marks=pytest.mark.rung2), pytest.param("cuda", marks=pytest.mark.rung3)]
 
 
 def make_exchange(hidden=HIDDEN, dtype=torch.float32, **options):
@@ -228,7 +228,7 @@ def test_a_failed_context_gives_no_finite_gradient():
 @pytest.mark.parametrize("device", RUNGS)
 @pytest.mark.parametrize("by_put", [False, True], ids=["stores", "puts"])
 def test_ranks_with_experts_of_their_own_compute_what_float64_does_under_skew(device, by_put):
-    rounds = 80 if device == "cuda" else 3 if by_put else 6
+    rounds = 80 if device != "cpu" else 3 if by_put else 6
     run_ranks(rank_programs.exchange_with_own_experts, 2, rounds, 0.05, device=device, wait_timeout=30.0, by_put=by_put)
 
 

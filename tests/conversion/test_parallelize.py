@@ -9,6 +9,7 @@ import farskip_fused as ff
 from farskip_fused import demo_expert_parallel
 from tests.conversion.conftest import TYPICAL, families
 from tests.numerics import DEVICE, assert_close
+from tests.rungs import RUNGS
 
 OTHER_EXPERTS = {
     "gpt_oss": "GptOssExperts has interleaved gate and up rows",
@@ -27,14 +28,12 @@ def test_every_family_runs_on_the_kernels(tiny, tokens, family):
         assert_close(split(tokens).logits, model(tokens).logits, torch.float32)
 
 
-@pytest.mark.parametrize(
-    "device", [pytest.param("cpu", marks=pytest.mark.rung2), pytest.param("cuda", marks=pytest.mark.rung3)]
-)
+@pytest.mark.parametrize("device", RUNGS)
 def test_two_ranks_give_the_logits_and_gradients_of_one(tiny, tmp_path, device):
     ff.convert(tiny("deepseek_v3", torch.float32, num_hidden_layers=3)).save_pretrained(tmp_path / "model")
-    report = demo_expert_parallel.run(tmp_path / "model")
+    report = demo_expert_parallel.run(tmp_path / "model", device=device)
     assert report["world"] == 2
-    assert report["backend"] == {"cpu": "shm", "cuda": "nvshmem"}[device]
+    assert report["backend"] == ("shm" if device == "cpu" else "nvshmem")
     assert 0 < report["forward_rel_error"] < 1e-5
     assert 0 < report["backward_rel_error"] < 1e-5
 

@@ -1,12 +1,12 @@
-"""Dispatch and combine between ranks: rung 2 over shared memory on CPU, rung 3 over NVSHMEM on one GPU."""
+"""Dispatch and combine between ranks: over shared memory on CPU, over NVSHMEM on one GPU and on several."""
 
 import pytest
 import torch
 
+from farskip_fused import launch
 from farskip_fused.launch import RankFailed, run_ranks, run_ranks_unchecked
+from tests.rungs import GPU_RUNGS, RUNGS
 from tests.symmetric import rank_programs, soak
-
-RUNGS = [pytest.param("cpu", marks=pytest.mark.rung2), pytest.param("cuda", marks=pytest.mark.rung3)]
 
 
 @pytest.mark.parametrize("device", RUNGS)
@@ -40,20 +40,36 @@ def test_ranks_that_reach_each_other_by_puts_compute_the_same(device, options):
     )  # fmt: skip
 
 
-@pytest.mark.rung3
-@pytest.mark.parametrize("options", [{}, {"keep_received": False}, {"combine": "presummed"}], ids=str)
-@pytest.mark.parametrize("shape", [rank_programs.SMALL, rank_programs.FOR_HOPPER], ids=["small", "for hopper"])
-def test_low_precision_on_the_gpu(shape, options):
+@pytest.mark.rung4
+@pytest.mark.parametrize("world", [8])
+def test_eight_gpus_compute_what_one_does(world):
     run_ranks(
-        rank_programs.compare_with_world_of_one, 2, 40, torch.bfloat16, 0.01, options, shape,
+        rank_programs.compare_with_world_of_one, world, 40, torch.bfloat16, 0.01, {}, rank_programs.FOR_HOPPER,
         device="cuda", wait_timeout=30.0,
     )  # fmt: skip
 
 
-@pytest.mark.rung3
+@pytest.mark.parametrize("device", GPU_RUNGS)
+@pytest.mark.parametrize("options", [{}, {"keep_received": False}, {"combine": "presummed"}], ids=str)
 @pytest.mark.parametrize("shape", [rank_programs.SMALL, rank_programs.FOR_HOPPER], ids=["small", "for hopper"])
-def test_captured_passes_are_replayed_on_changing_inputs(shape):
-    run_ranks(rank_programs.replay_graphs, 4, 1000, torch.bfloat16, shape, device="cuda", wait_timeout=30.0)
+def test_low_precision_on_the_gpu(device, shape, options):
+    run_ranks(
+        rank_programs.compare_with_world_of_one, 2, 40, torch.bfloat16, 0.01, options, shape,
+        device=device, wait_timeout=30.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("device", "world"),
+    [
+        pytest.param("cuda:0", 4, marks=pytest.mark.rung3),
+        pytest.param("cuda", 2, marks=pytest.mark.rung4),
+        pytest.param("cuda", 4, marks=pytest.mark.rung4),
+    ],
+)
+@pytest.mark.parametrize("shape", [rank_programs.SMALL, rank_programs.FOR_HOPPER], ids=["small", "for hopper"])
+def test_captured_passes_are_replayed_on_changing_inputs(device, world, shape):
+    run_ranks(rank_programs.replay_graphs, world, 1000, torch.bfloat16, shape, device=device, wait_timeout=30.0)
 
 
 @pytest.mark.parametrize("device", RUNGS)
@@ -92,6 +108,15 @@ def test_repeated_experts_beyond_capacity_are_named(device):
 def test_layers_that_differ_between_ranks_are_refused(device):
     for message in run_ranks(rank_programs.disagree, 2, device=device):
         assert "max_tokens=8" in message and "max_tokens=16" in message
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "expected"),
+    [(1, "cuda", [0, 0]), (2, "cuda", [0, 1]), (8, "cuda", [0, 1]), (2, "cuda:0", [0, 0]), (2, "cuda:1", [1, 1])],
+)
+def test_ranks_take_a_gpu_each_unless_there_are_too_few_or_one_is_named(monkeypatch, gpus, device, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert [launch._gpu_of(rank, 2, device) for rank in range(2)] == expected
 
 
 @pytest.mark.rung2

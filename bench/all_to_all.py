@@ -1,0 +1,377 @@
+"""Other all-to-alls where every rank has a GPU of its own: torch's over NCCL, torch's over NVSHMEM, and DeepEP's.
+
+They move what ours moves when routing is known beforehand: one row a token and rank that wants it, the own rank
+included, and one row each on the way back, summed at the owner. Each runs in processes of its own, after ours: two
+NVSHMEMs in one process may clash, and none that fails or hangs takes a measurement with it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from farskip_fused.bench.comm_ranks import Case, Measured
+from farskip_fused.bench.shapes import random_routing
+from farskip_fused.launch import RankFailed, run_ranks
+
+NCCL = "torch's all_to_all_single over NCCL"
+SYMMETRIC = "torch's symmetric-memory all-to-all"
+DEEPEP = "DeepEP"
+STEPS = ("dispatch", "combine of sums")
+SHARED = "it is not timed here: NCCL, and what is built on it, refuses two ranks on one GPU"
+DEEPEP_SHARED = "it is timed with a GPU a rank only; the table has its marks of an earlier run"
+DEEPEP_MISSING = "it is not installed; the table has its marks of an earlier run"
+LIMIT = 120.0  # seconds for all cases of one of them
+DEEPEP_BYTES = 10**9  # of its buffer, as its own tests have it
+HEAD_START = 2_000_000  # cycles that the GPU is held, so that the host is ahead of it
+Result = TypeVar("Result")
+
+
+class Found(NamedTuple):
+    """One case of one peer: measured by every rank, by replays of a CUDA graph or, if not ``captured``, eagerly."""
+
+    peer: str
+    name: str
+    case: Case
+    measured: list[Measured]
+    captured: bool
+
+
+def compare(cases: Sequence[tuple[str, Case]], world: int, iterations: int) -> tuple[list[Found], dict[str, str]]:
+    """Time the peers on named cases, each rank with a GPU; returns what was found, and why what is missing is.
+
+    Only DeepEP takes as many multiprocessors as it is told; the others choose, and their cases have sms 0.
+    """
+    found, missing = [], {}
+    as_they_like = list(dict.fromkeys((name, replace(case, sms=0)) for name, case in cases))
+    for peer in PEERS:
+        taken = list(cases) if peer == DEEPEP else as_they_like
+        if peer == DEEPEP and importlib.util.find_spec("deep_ep") is None:
+            missing[peer] = DEEPEP_MISSING
+            continue
+        try:
+            outcomes = run_ranks(
+                measure, world, peer, [case for _, case in taken], iterations,
+                device="cuda", limit=LIMIT, symmetric=False,
+            )  # fmt: skip
+        except RankFailed as error:
+            missing[peer] = f"it failed: {_first_line(error)}"
+            continue
+        if isinstance(outcomes[0], str):
+            missing[peer] = outcomes[0]
+            continue
+        for (name, case), *measured in zip(taken, *outcomes, strict=True):
+            captured = all(is_captured for _, is_captured in measured)
+            found.append(Found(peer, name, case, [times for times, _ in measured], captured))
+    return found, missing
+
+
+def missing_on_shared_gpu() -> dict[str, str]:
+    """Why none of them is timed between ranks of one GPU."""
+    is_there = importlib.util.find_spec("deep_ep") is not None
+    return {NCCL: SHARED, SYMMETRIC: SHARED, DEEPEP: DEEPEP_SHARED if is_there else DEEPEP_MISSING}
+
+
+class Refused(Exception):
+    """A peer cannot be timed here; raised on all ranks, with the same reason."""
+
+
+def measure(device: torch.device, peer: str, cases: list[Case], iterations: int) -> list[tuple[Measured, bool]] | str:
+    """On each rank: times of every case and whether they are of graphs, or on all ranks why there are none."""
+    try:
+        group = _together(lambda: dist.new_group(backend="nccl") if device.type == "cuda" else dist.group.WORLD)
+        return [_measure(device, PEERS[peer], group, case, iterations) for case in cases]
+    except Refused as refused:
+        return str(refused)
+
+
+def _measure(device: torch.device, kind: type[Peer], group: Any, case: Case, iterations: int) -> tuple[Measured, bool]:
+    traffic = Traffic.random(case, device)
+    aligned = torch.zeros(1, device=device)
+
+    def align() -> None:
+        dist.all_reduce(aligned, group=group)
+
+    peer = _together(lambda: kind(traffic, group, case))
+    outputs: dict[str, Tensor] = {}
+
+    def dispatch() -> None:
+        outputs["dispatch"] = peer.dispatch()
+
+    def combine() -> None:
+        outputs["combine"] = peer.combine()
+
+    calls = [align, dispatch, combine]
+
+    def warm_up() -> None:
+        for call in calls * 2:
+            call()
+        _synchronize(device)
+
+    _together(warm_up)
+    calls, captured = _capture(calls, device)
+    _together(lambda: _check(traffic, peer, calls, outputs))
+    times = {}
+    for step, call in zip(STEPS, calls[1:], strict=True):
+        times[step] = _time(calls[0], call, iterations, device, captured)
+        dist.barrier()
+    return Measured(times, sum(traffic.received)), captured
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Rows of this rank and where they go; the same rows and routing as ours have.
+
+    order: token of each row that is sent, by receiver, then by token. sent, received: rows to and from each rank.
+    places: [T, ranks] int64, which of the sent rows is a token's at a rank; len(order) where none is.
+    index: [T, K] expert ids.
+    """
+
+    rows: Tensor
+    index: Tensor
+    order: Tensor
+    places: Tensor
+    sent: list[int]
+    received: list[int]
+
+    @staticmethod
+    def random(case: Case, device: torch.device) -> Traffic:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        torch.manual_seed(1 + rank)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        rows = torch.randn(case.tokens, case.shape.hidden, device=device).to(dtype)
+        index, _ = random_routing(case.shape, case.tokens, device)
+        local = case.shape.experts // world
+        wanted = torch.stack([(index // local == receiver).any(1) for receiver in range(world)])
+        order = wanted.nonzero()[:, 1].contiguous()
+        places = torch.full((world, case.tokens), len(order), device=device)
+        places[wanted] = torch.arange(len(order), device=device)
+        sent = wanted.sum(1).tolist()
+        sent_by_all: list[Any] = [None] * world
+        dist.all_gather_object(sent_by_all, sent)
+        received = [by_one[rank] for by_one in sent_by_all]
+        return Traffic(rows, index, order, places.T.contiguous(), sent, received)
+
+    def sum_at_owner(self, returned: Tensor) -> Tensor:
+        """[T, H], the sum of each token's rows among ``returned``, which are in the order of sending."""
+        # The fastest gather and sum that is one kernel of torch's; index_add_ would need atomics.
+        return torch.nn.functional.embedding_bag(self.places, returned, mode="sum", padding_idx=len(self.order))
+
+
+class Peer(ABC):
+    """values: received rows as ``combine`` sends them back, [rows, H] or longer."""
+
+    values: Tensor
+
+    @abstractmethod
+    def __init__(self, traffic: Traffic, group: Any, case: Case) -> None: ...
+
+    @abstractmethod
+    def dispatch(self) -> Tensor:
+        """Rows that this rank receives, [rows, H], by sender and then by token."""
+
+    @abstractmethod
+    def combine(self) -> Tensor:
+        """[T, H], the sum of what all ranks send back."""
+
+
+class Collective(Peer):
+    """all_to_all_single with sizes that the host knows; rows are gathered before it and summed after it."""
+
+    def __init__(self, traffic: Traffic, group: Any, case: Case) -> None:
+        self.traffic, self.group = traffic, group
+        self.to_send = traffic.rows.new_empty(len(traffic.order), case.shape.hidden)
+        self.values = traffic.rows.new_empty(sum(traffic.received), case.shape.hidden)
+        self.returned = traffic.rows.new_empty(len(traffic.order) + 1, case.shape.hidden)  # the last is of no token
+
+    def dispatch(self) -> Tensor:
+        traffic = self.traffic
+        torch.index_select(traffic.rows, 0, traffic.order, out=self.to_send)
+        dist.all_to_all_single(self.values, self.to_send, traffic.received, traffic.sent, group=self.group)
+        return self.values
+
+    def combine(self) -> Tensor:
+        traffic = self.traffic
+        dist.all_to_all_single(self.returned[:-1], self.values, traffic.sent, traffic.received, group=self.group)
+        return traffic.sum_at_owner(self.returned)
+
+
+class Symmetric(Peer):
+    """all_to_all_vdev over torch's symmetric memory with NVSHMEM, sizes in device memory; the experts' results are
+    taken to lie in symmetric memory already.
+    """
+
+    kept: ClassVar[list[Tensor]] = []  # never freed, which would be collective
+
+    def __init__(self, traffic: Traffic, group: Any, case: Case) -> None:
+        from torch.distributed import _symmetric_memory as symmetric
+
+        # As our own symmetric memory: no network card inside a node, and no multicast.
+        os.environ.setdefault("NVSHMEM_REMOTE_TRANSPORT", "none")
+        os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")
+        if not hasattr(symmetric, "is_nvshmem_available") or not symmetric.is_nvshmem_available():
+            raise RuntimeError("this torch has no NVSHMEM")
+        if not hasattr(torch.ops.symm_mem, "all_to_all_vdev"):
+            raise RuntimeError("this torch has no all_to_all_vdev")
+        self.call = torch.ops.symm_mem.all_to_all_vdev
+        if len(self.call.default._schema.arguments) != 5:
+            raise RuntimeError(f"all_to_all_vdev of this torch takes other arguments: {self.call.default._schema}")
+        if symmetric.get_backend(traffic.rows.device) != "NVSHMEM":
+            symmetric.set_backend("NVSHMEM")
+        world, hidden = dist.get_world_size(), case.shape.hidden
+        # A power of two: the kernel wants rows that divide evenly over as many blocks as it derives from this size.
+        rows = 1 << (world * case.tokens - 1).bit_length()
+
+        def allocate(*size: int, dtype: torch.dtype = traffic.rows.dtype) -> Tensor:
+            tensor = symmetric.empty(*size, dtype=dtype, device=traffic.rows.device).zero_()
+            self.kept.append(tensor)
+            return tensor
+
+        self.traffic, self.name = traffic, dist.group.WORLD.group_name  # type: ignore[union-attr]
+        self.to_send, self.values = allocate(rows, hidden), allocate(rows, hidden)
+        self.returned = allocate(rows + 1, hidden)
+        self.sent, self.received = allocate(world, dtype=torch.int64), allocate(world, dtype=torch.int64)
+        self.arrived, self.came_back = allocate(2, world, dtype=torch.int64), allocate(2, world, dtype=torch.int64)
+        self.sent.copy_(torch.tensor(traffic.sent))
+        self.received.copy_(torch.tensor(traffic.received))
+        for tensor in self.kept[-7:]:
+            symmetric.rendezvous(tensor, self.name)
+        torch.cuda.synchronize()
+        dist.barrier()
+
+    def dispatch(self) -> Tensor:
+        traffic = self.traffic
+        torch.index_select(traffic.rows, 0, traffic.order, out=self.to_send[: len(traffic.order)])
+        self.call(self.to_send, self.values, self.sent, self.arrived, self.name)
+        return self.values[: sum(traffic.received)]
+
+    def combine(self) -> Tensor:
+        self.call(self.values, self.returned, self.received, self.came_back, self.name)
+        return self.traffic.sum_at_owner(self.returned)
+
+
+class DeepEp(Peer):
+    """Its kernels inside a node, with the layout of an earlier dispatch."""
+
+    buffer: Any = None
+
+    def __init__(self, traffic: Traffic, group: Any, case: Case) -> None:
+        import deep_ep  # type: ignore[import-not-found]
+
+        deep_ep.Buffer.set_num_sms(case.sms)
+        if DeepEp.buffer is None:
+            DeepEp.buffer = deep_ep.Buffer(group, DEEPEP_BYTES, 0)
+        self.traffic = traffic
+        per_rank, _, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(traffic.index.long(), case.shape.experts)
+        received, _, _, _, self.handle, _ = self.buffer.dispatch(
+            traffic.rows, num_tokens_per_rank=per_rank, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert
+        )
+        self.values = received.clone()
+
+    def dispatch(self) -> Tensor:
+        return self.buffer.dispatch(self.traffic.rows, handle=self.handle)[0]
+
+    def combine(self) -> Tensor:
+        return self.buffer.combine(self.values, self.handle)[0]
+
+
+PEERS: dict[str, type[Peer]] = {NCCL: Collective, SYMMETRIC: Symmetric, DEEPEP: DeepEp}
+
+
+def _together(action: Callable[[], Result]) -> Result:
+    """What the action returns if it succeeds on all ranks; otherwise Refused on all."""
+    result, reason = None, None
+    try:
+        result = action()
+    except Exception as error:  # a library that is not made for this machine raises anything
+        reason = _first_line(error)
+    reasons: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, reason)
+    for one in reasons:
+        if one is not None:
+            raise Refused(one)
+    return result  # type: ignore[return-value]
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+def _capture(calls: list[Callable[[], None]], device: torch.device) -> tuple[list[Callable[[], None]], bool]:
+    """What replays each call as a CUDA graph, and True; the calls and False where any rank cannot capture them."""
+    if device.type != "cuda":
+        return calls, False
+    replays: list[Callable[[], None]] = []
+
+    def capture() -> None:
+        for call in calls:
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # Threads of NCCL's go on asking for their events meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                call()
+            replays.append(graph.replay)
+
+    try:
+        _together(capture)
+    except Refused:
+        torch.cuda.synchronize()
+        return calls, False
+    return replays, True
+
+
+def _check(traffic: Traffic, peer: Peer, calls: list[Callable[[], None]], outputs: dict[str, Tensor]) -> None:
+    """New rows, sent and returned as they came, are each multiplied by the number of ranks that wanted them."""
+    align, dispatch, combine = calls
+    traffic.rows.normal_()
+    align()
+    dispatch()
+    received = outputs["dispatch"]
+    peer.values[: len(received)].copy_(received)
+    align()
+    combine()
+    copies = (traffic.places < len(traffic.order)).sum(1, keepdim=True)
+    torch.testing.assert_close(
+        outputs["combine"].float(), traffic.rows.float() * copies, rtol=2e-2, atol=1e-2,
+        msg=lambda message: f"it does not bring back what was sent: {' '.join(message.split())}",
+    )  # fmt: skip
+
+
+def _time(
+    align: Callable[[], None], step: Callable[[], None], iterations: int, device: torch.device, captured: bool
+) -> list[float]:
+    """ms of the step in each iteration, which all ranks begin together; on CPU by the clock."""
+    if device.type != "cuda":
+        times = []
+        for _ in range(iterations):
+            align()
+            start = time.perf_counter()
+            step()
+            times.append((time.perf_counter() - start) * 1e3)
+        return times
+    torch.cuda.synchronize()
+    dist.barrier()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(iterations)]
+    for start_event, end_event in events:
+        if not captured:
+            torch.cuda._sleep(HEAD_START)
+        align()
+        start_event.record()
+        step()
+        end_event.record()
+    torch.cuda.synchronize()
+    return [start_event.elapsed_time(end_event) for start_event, end_event in events]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,12 @@
+"""Where tests of several ranks run, as values of ``device`` for run_ranks: processes on CPU, side by side on one GPU,
+and a GPU a rank, of which there must be as many as the test's parameter ``world`` says, 2 if it has none.
+"""
+
+import pytest
+
+RUNGS = [
+    pytest.param("cpu", marks=pytest.mark.rung2),
+    pytest.param("cuda:0", marks=pytest.mark.rung3),
+    pytest.param("cuda", marks=pytest.mark.rung4),
+]
+GPU_RUNGS = RUNGS[1:]
