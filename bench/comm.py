@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from farskip_fused import mps
 from farskip_fused.bench import all_to_all
 from farskip_fused.bench.comm_ranks import Case, Measured, measure
 from farskip_fused.bench.shapes import BYTES, parse_shape
@@ -56,12 +57,15 @@ def run(shapes: Sequence[str], ranks: Sequence[int], sms: Sequence[int], tokens:
     with Console(stderr=True).status("") as status:
         for world in ranks:
             shared = world > torch.cuda.device_count()
+            available = torch.cuda.get_device_properties(0).multi_processor_count
+            if shared:
+                available = mps.multiprocessors(available, world)
             cases = [
                 (name, Case(shape, count, share))
                 for name, shape in parsed.items()
                 for count in tokens
                 for share in sms
-                if share * (world if shared else 1) <= torch.cuda.get_device_properties(0).multi_processor_count
+                if share < available
             ]
             status.update(f"{world} ranks, {len(cases)} cases")
             arguments = ([case for _, case in cases], ITERATIONS)

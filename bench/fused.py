@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from farskip_fused import mps
 from farskip_fused.bench.fused_ranks import PARTS, WAYS, Case, Measured, measure
 from farskip_fused.bench.shapes import parse_shape
 from farskip_fused.bench.timing import summarise
@@ -60,12 +61,13 @@ def run(
         raise UsageError("farskip bench fused measures a CUDA GPU and this machine has none.")
     from farskip_fused.bench.report import environment
 
-    available, gpus = torch.cuda.get_device_properties(0).multi_processor_count, torch.cuda.device_count()
+    of_gpu, gpus = torch.cuda.get_device_properties(0).multi_processor_count, torch.cuda.device_count()
     sharing = {world: world if world > gpus else 1 for world in ranks}  # ranks that share a GPU
     for world, share in sharing.items():
+        available = of_gpu if share == 1 else mps.multiprocessors(of_gpu, share)
         for wanted in sms:
-            if wanted is not None and wanted >= available // share:
-                raise UsageError(f"--sms {wanted}: {world} ranks have {available // share} each; leave the GEMMs some.")
+            if wanted is not None and wanted >= available:
+                raise UsageError(f"--sms {wanted}: {world} ranks have {available} each; leave the GEMMs some.")
     rows: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     console = Console(stderr=True)

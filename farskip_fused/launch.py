@@ -123,7 +123,7 @@ def _environment(world: int, device: str, stack: ExitStack) -> dict[str, str]:
         return {}
     return {
         **stack.enter_context(mps.private_daemon()),
-        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(100 // world),
+        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(mps.percentage(world)),
     }
 
 

@@ -12,6 +12,16 @@ from contextlib import contextmanager
 CONTROL = "nvidia-cuda-mps-control"
 
 
+def percentage(clients: int) -> int:
+    """Of the multiprocessors for each of so many clients, as CUDA_MPS_ACTIVE_THREAD_PERCENTAGE takes it."""
+    return 100 // clients
+
+
+def multiprocessors(of_gpu: int, clients: int) -> int:
+    """What a client with that percentage sees: MPS grants pairs, rounded down (66, 32 and 14 of 132 for 2, 4 and 8)."""
+    return of_gpu * percentage(clients) // 200 * 2
+
+
 @contextmanager
 def private_daemon() -> Iterator[dict[str, str]]:
     """Run an MPS daemon in a directory of its own; yields the environment that its clients need.

@@ -47,7 +47,7 @@ WARPS = 16
 # A warp takes a row, in chunks of a 16-byte load a lane, several in flight.
 ROWS_AT_ONCE = 128 if INTERPRETED else WARPS
 COLUMNS_OF_CHUNK = 256
-LOADS_AT_ONCE = 12
+LOADS_AT_ONCE = 16
 
 
 class Extras(NamedTuple):
@@ -104,7 +104,7 @@ def _push_sums(
         # A program takes several blocks in turn: the cache lines of turns, places and weights that the first one waits
         # for hold those of the others, and that wait is as long as the one for the rows.
         for begin in range(tl.program_id(0) * rows_in_turn, rows, tl.num_programs(0) * rows_in_turn):
-            for start in range(begin, tl.minimum(begin + rows_in_turn, rows), BLOCK_ROWS):
+            for start in range(begin, begin + rows_in_turn, BLOCK_ROWS):
                 row = start + tl.arange(0, BLOCK_ROWS)
                 turn = tl.load(turns + row, mask=row < rows, other=-1)
                 found = ()
@@ -125,7 +125,7 @@ def _push_sums(
                 for column_start in range(0, HIDDEN, CHUNKS * CHUNK):
                     loaded = ()
                     for part in tl.static_range(CHUNKS * TERMS):  # all in flight at once
-                        place = found[part % TERMS].to(tl.int64)
+                        place = found[part % TERMS].to(tl.int64)  # type: ignore[misc, var-annotated]
                         column = column_start + part // TERMS * CHUNK + tl.arange(0, CHUNK)
                         mask = (here & (place >= 0))[:, None] & (column < HIDDEN)[None, :]
                         pointers = values + place[:, None] * HIDDEN + column[None, :]
@@ -133,7 +133,7 @@ def _push_sums(
                     for chunk in tl.static_range(CHUNKS):
                         total = tl.zeros((BLOCK_ROWS, CHUNK), tl.float32)
                         for term in tl.static_range(TERMS):
-                            value = loaded[chunk * TERMS + term].to(tl.float32)
+                            value = loaded[chunk * TERMS + term].to(tl.float32)  # type: ignore[misc, var-annotated]
                             if weights is not None:
                                 # What is not routed here has a weight that nobody wrote, perhaps no number.
                                 factor = tl.where(here & (found[term] >= 0), factors[term], 0.0)

@@ -37,6 +37,7 @@ from .protocol import (
     DISPATCH_WEIGHTS,
     MAX_TOKENS,
     PEERS,
+    PUSHED,
     RANK,
     ROUTING_ARRIVAL,
     ROW_ARRIVAL,
@@ -140,10 +141,13 @@ def _push_routing(
 def _push_rows(
     context, ticket, rows, experts, order, entries,
     HIDDEN: tl.constexpr, TOP_K: tl.constexpr, NUM_LOCAL_EXPERTS: tl.constexpr,
-    PLANE: tl.constexpr, FP8: tl.constexpr, PACED: tl.constexpr,
+    PLANE: tl.constexpr, FP8: tl.constexpr, PACED: tl.constexpr, ANNOUNCED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, FLAG_BATCHES: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Groups of batches of rows, each row in the hands of one warp, and then the group's flags."""
+    """Groups of batches of rows, each row in the hands of one warp, and then the group's flags.
+
+    ANNOUNCED: the last program to finish says that all rows are there.
+    """
     if is_alive(context):
         rank = tl.load(context + RANK)
         first_row = tl.load(ticket + TICKET_FIRST_ROW + PLANE) + rank * tl.load(context + MAX_TOKENS)
@@ -216,6 +220,13 @@ def _push_rows(
                 # beyond.
                 tl.debug_barrier()
                 tl.atomic_xchg(flags, tl.zeros_like(sent) + epoch, mask=is_sent, sem="release", scope="sys")
+        if ANNOUNCED:
+            tl.debug_barrier()
+            finished = tl.atomic_add(context + PUSHED, tl.full((), 1, tl.int64), sem="acq_rel", scope="sys")
+            if finished == tl.num_programs(0) - 1:
+                tl.store(context + PUSHED, tl.full((), 0, tl.int64))
+                for other in range(0, tl.load(context + WORLD)):
+                    raise_flag(context, ticket, other, ROWS_ARRIVAL, PLANE)
 
 
 @triton.jit
@@ -347,14 +358,15 @@ def send_rows(
     _push_rows[(round_.programs,)](
         round_.context, round_.ticket, rows, *send,
         HIDDEN=hidden, TOP_K=top_k, NUM_LOCAL_EXPERTS=num_local_experts,
-        PLANE=plane, FP8=fp8, PACED=round_.paced, BLOCK_ROWS=ROWS_AT_ONCE,
-        FLAG_BATCHES=FLAG_BATCHES, CHUNK=chunk, CHUNKS=min(CHUNKS_AT_ONCE, triton.cdiv(hidden, chunk)), num_warps=WARPS,
+        PLANE=plane, FP8=fp8, PACED=round_.paced, ANNOUNCED=round_.puts is None,
+        BLOCK_ROWS=ROWS_AT_ONCE, FLAG_BATCHES=FLAG_BATCHES, CHUNK=chunk,
+        CHUNKS=min(CHUNKS_AT_ONCE, triton.cdiv(hidden, chunk)), num_warps=WARPS,
     )  # fmt: skip
     if round_.puts is not None:
         stride = hidden * rows.itemsize
         scale_bytes = 4 * triton.cdiv(hidden, SCALE_COLUMNS) if fp8 else 0
         put.put_rows(round_, *send, num_local_experts, plane, stride, hidden if fp8 else stride, scale_bytes)
-    announce(round_, ROWS_ARRIVAL, plane)
+        announce(round_, ROWS_ARRIVAL, plane)
 
 
 def receive_routing(

@@ -43,25 +43,26 @@ PLANES = tl.constexpr(8)  # rows of a token that a round carries
 LINK_RATE = tl.constexpr(9)  # bytes a microsecond to which remote stores are paced, by benchmarks alone
 LINK_FREE_AT = tl.constexpr(10)  # nanosecond at which the paced link has sent what was stored so far
 EXPIRED = tl.constexpr(11)  # not 0 once a GEMM has waited for a row to its bound: later waits report at once
+PUSHED = tl.constexpr(12)  # programs that have stored their share of a dispatch; 0 between dispatches
 # Byte offsets of the regions in every rank's symmetric buffer.
-DISPATCH_ROWS = tl.constexpr(12)  # [depth, plane, source, max_tokens, hidden]
-DISPATCH_SCALES = tl.constexpr(13)  # [depth, plane, source, max_tokens, hidden / 128] float32, of fp8 rows
-DISPATCH_EXPERTS = tl.constexpr(14)  # [depth, source, max_tokens, top_k] int32, global ids
-DISPATCH_WEIGHTS = tl.constexpr(15)  # [depth, source, max_tokens, top_k] float32
-DISPATCH_COUNTS = tl.constexpr(16)  # [depth, source] int32, tokens
-ROW_ARRIVAL = tl.constexpr(17)  # [depth, plane, source, max_tokens] int32, the lower half of the epoch
-ROUTING_ARRIVAL = tl.constexpr(18)  # [depth, source] int64
-ROWS_ARRIVAL = tl.constexpr(19)  # [depth, plane, source] int64
-DISPATCH_CREDIT = tl.constexpr(20)  # [depth, reader] int64
-COMBINE_ROWS = tl.constexpr(21)  # [depth, max_tokens, top_k, hidden]
-COMBINE_SCALARS = tl.constexpr(22)  # [depth, max_tokens, top_k] float32, gradients of the router weights
-COMBINE_ARRIVAL = tl.constexpr(23)  # [depth, writer] int64
-COMBINE_CREDIT = tl.constexpr(24)  # [depth, owner] int64
-COMBINE_STAGED_ROWS = tl.constexpr(25)  # [depth, owner, max_tokens, hidden], what is put: put.py
-COMBINE_STAGED_SCALARS = tl.constexpr(26)  # [depth, owner, max_tokens, top_k] float32
+DISPATCH_ROWS = tl.constexpr(13)  # [depth, plane, source, max_tokens, hidden]
+DISPATCH_SCALES = tl.constexpr(14)  # [depth, plane, source, max_tokens, hidden / 128] float32, of fp8 rows
+DISPATCH_EXPERTS = tl.constexpr(15)  # [depth, source, max_tokens, top_k] int32, global ids
+DISPATCH_WEIGHTS = tl.constexpr(16)  # [depth, source, max_tokens, top_k] float32
+DISPATCH_COUNTS = tl.constexpr(17)  # [depth, source] int32, tokens
+ROW_ARRIVAL = tl.constexpr(18)  # [depth, plane, source, max_tokens] int32, the lower half of the epoch
+ROUTING_ARRIVAL = tl.constexpr(19)  # [depth, source] int64
+ROWS_ARRIVAL = tl.constexpr(20)  # [depth, plane, source] int64
+DISPATCH_CREDIT = tl.constexpr(21)  # [depth, reader] int64
+COMBINE_ROWS = tl.constexpr(22)  # [depth, max_tokens, top_k, hidden]
+COMBINE_SCALARS = tl.constexpr(23)  # [depth, max_tokens, top_k] float32, gradients of the router weights
+COMBINE_ARRIVAL = tl.constexpr(24)  # [depth, writer] int64
+COMBINE_CREDIT = tl.constexpr(25)  # [depth, owner] int64
+COMBINE_STAGED_ROWS = tl.constexpr(26)  # [depth, owner, max_tokens, hidden], what is put: put.py
+COMBINE_STAGED_SCALARS = tl.constexpr(27)  # [depth, owner, max_tokens, top_k] float32
 # Base address of each rank's buffer as this rank reaches it by load and store, 0 where it does not. After them the same
 # once more, as far as memory is shared: the interpreter's puts need it.
-PEERS = tl.constexpr(27)
+PEERS = tl.constexpr(28)
 
 REGION_NAMES = (
     "dispatch_rows",
@@ -216,7 +217,7 @@ def _wait(context, ticket, FLAGS: tl.constexpr, IS_CREDIT: tl.constexpr, PLANE: 
 
 @triton.jit
 def raise_flag(context, ticket, peer, FLAGS: tl.constexpr, PLANE: tl.constexpr):
-    """Raise this rank's flag at a peer that stores reach; covers what this thread has seen done."""
+    """Raise this rank's flag at a peer that stores reach; covers what this program has seen done, behind a barrier."""
     index = flag_index(context, ticket, FLAGS, PLANE) + tl.load(context + RANK)
     tl.atomic_xchg(region(context, peer, FLAGS, tl.int64) + index, tl.load(ticket), sem="release", scope="sys")
 

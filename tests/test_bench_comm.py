@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 import farskip_fused as ff
+from farskip_fused import mps
 from farskip_fused.bench import all_to_all, comm
 from farskip_fused.bench.comm_ranks import STEPS, Case, Measured, measure
 from farskip_fused.bench.shapes import BYTES, Shape, random_routing
@@ -111,6 +112,10 @@ def test_what_is_missing_is_said_once_unless_it_is_there_with_some_ranks():
         "other": "with 2 ranks this; with 4 ranks that",
         "third": "with 4 ranks why",
     }
+
+
+def test_ranks_of_one_gpu_have_pairs_of_multiprocessors():
+    assert [mps.multiprocessors(132, ranks) for ranks in (1, 2, 4, 8)] == [132, 66, 32, 14]
 
 
 def test_the_slowest_rank_of_each_iteration_counts():

@@ -19,15 +19,17 @@ def test_ranks_compute_what_one_rank_computes_under_skew(device, world, rounds, 
     rounds = rounds if device == "cpu" else 10 * rounds
     outcomes = run_ranks(
         rank_programs.compare_with_world_of_one, world, rounds, torch.float32, 0.05, options,
-        device=device, wait_timeout=30.0,
+        device=device, wait_timeout=60.0,
     )  # fmt: skip
     assert [outcome["rank"] for outcome in outcomes] == list(range(world))
 
 
+@pytest.mark.timeout(900)  # on a busy machine the interpreter takes several times as long
 @pytest.mark.parametrize("device", RUNGS)
 def test_a_hundred_rounds_of_changing_shapes_stay_bitwise_equal(device):
     pairs = 25 if device == "cpu" else 250
-    assert run_ranks(soak.soak, 2, 0, pairs, 1, 120.0, device=device, wait_timeout=30.0) == [pairs] * 2
+    found = run_ranks(soak.soak, 2, 0, pairs, 1, 700.0, device=device, limit=800.0, wait_timeout=60.0)
+    assert found == [pairs] * 2
 
 
 @pytest.mark.parametrize("device", RUNGS)
@@ -36,7 +38,7 @@ def test_ranks_that_reach_each_other_by_puts_compute_the_same(device, options):
     rounds = 8 if device == "cpu" else 80
     run_ranks(
         rank_programs.compare_with_world_of_one, 2, rounds, torch.float32, 0.05, {**options, "combine": "presummed"},
-        device=device, wait_timeout=30.0, by_put=True,
+        device=device, wait_timeout=60.0, by_put=True,
     )  # fmt: skip
 
 
@@ -82,8 +84,9 @@ def test_a_peer_that_goes_silent_is_named_within_the_bound(device, phase):
 
 
 @pytest.mark.rung2
-def test_a_killed_peer_is_named_within_the_bound():
-    outcomes = run_ranks_unchecked(rank_programs.lose_a_peer, 2, "before experts", True, wait_timeout=2.0, limit=90.0)
+@pytest.mark.parametrize("phase", rank_programs.PHASES)
+def test_a_killed_peer_is_named_within_the_bound(phase):
+    outcomes = run_ranks_unchecked(rank_programs.lose_a_peer, 2, phase, True, wait_timeout=2.0, limit=90.0)
     check_timeout(outcomes[0])
     assert not outcomes[1].finished
 
