@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Build, check and demonstrate on one GPU, in one command; prints a table last.
-#   bench/gpu_check.sh [tests] [demo] [bench] [comm] [sanitize]   the first three without arguments
+#   bench/gpu_check.sh [tests] [demo] [bench] [comm] [fused] [sanitize]   the first three without arguments
 # World 1, then 2 and 4 NVSHMEM processing elements side by side under an MPS daemon of its own. Changes no setting of
 # the card. Needs torch with CUDA, Triton, nvshmem4py and a compiler; PYTHON names the interpreter (default python3).
 # sanitize: every family of kernels once under compute-sanitizer's memcheck and racecheck, with the card to itself.
@@ -34,6 +34,7 @@ fi
 wants demo && part demo 580 "$PYTHON" -m farskip_fused.cli demo --output "$OUT/demo" --overwrite &
 wait
 wants comm && part comm 400 "$PYTHON" -m farskip_fused.cli bench comm --json "$OUT/comm.json"
+wants fused && part fused 400 "$PYTHON" -m farskip_fused.cli bench fused --json "$OUT/fused.json"
 wants bench && part bench 300 "$PYTHON" -m farskip_fused.cli bench experts deepseek-v2-lite qwen3-30b-a3b --json "$OUT/experts.json"
 if wants sanitize; then
   sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null ||
@@ -53,7 +54,7 @@ if wants sanitize; then
 fi
 for row in "$OUT"/*.row; do
   name=$(basename "$row" .row)
-  if grep -q ' exit ' "$row" || [ "$name" = demo ] || [ "$name" = bench ] || [ "$name" = comm ]; then echo "== $name"; tail -n 40 "$OUT/$name.log"; fi
+  if grep -q ' exit ' "$row" || [ "$name" = demo ] || [ "$name" = bench ] || [ "$name" = comm ] || [ "$name" = fused ]; then echo "== $name"; tail -n 40 "$OUT/$name.log"; fi
 done
 echo
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader

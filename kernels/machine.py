@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,8 +82,30 @@ def _multiply_rows_alike() -> None:
     InterpreterBuilder.create_dot = create_dot
 
 
+def _patch_language_once() -> None:
+    """Triton's interpreter changes its language anew for every call of a device function, a third of its time."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    patched: set[frozenset[int]] = set()
+
+    class Kept:
+        def restore(self) -> None:
+            """Nothing compiles in this process, so the language may stay as it is."""
+
+    def patch_once(function: Any) -> Kept:
+        modules = frozenset(id(value) for value in function.__globals__.values() if value is tl or value is tl.core)
+        if modules not in patched:
+            patch(function)
+            patched.add(modules)
+        return Kept()
+
+    interpreter._patch_lang = patch_once
+
+
 if INTERPRETED:
     _interpret_standard_library()
+    _patch_language_once()
     _multiply_rows_alike()
     _count_in_int32()
     _round_to_fp8()

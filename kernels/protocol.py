@@ -10,9 +10,10 @@ Flags are epochs, only ever grow, and lie in the memory of the rank that waits f
 - ``row_arrival[slot, source, token]`` at the reader: this row has been written, for GEMMs that start before the rest.
 A writer of epoch ``e`` waits for the credit of epoch ``e - depth``, which is at or below zero for the first rounds.
 
-Memory order: rows are written by a kernel of their own; the announcement that follows on the same stream is an
-exchange with release semantics at system scope, which covers everything that the stream did before. The wait is an
-atomic read with acquire semantics at system scope, and readers are kernels that follow it on the same stream.
+Memory order: a flag is raised by an exchange with release semantics at system scope. It covers what its own program
+stored before a barrier, what other programs of its kernel stored before they were counted, and everything that the
+stream did before. The wait is an atomic read with acquire semantics at system scope, and readers are kernels that
+follow it on the same stream.
 docs/protocol.md has the whole of it, and why it cannot deadlock.
 
 A wait that expires records what it waited for in host-visible memory and marks the context as failed. In a failed
