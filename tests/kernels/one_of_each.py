@@ -55,6 +55,18 @@ def call_layer(tokens: int, hidden: int, **options: object) -> None:
         layer(x)
 
 
+def call_exchange(memory: ff.SymmetricMemory) -> None:
+    """The split calls, around experts that return their rows."""
+    exchange = ff.TokenExchange(memory, hidden_size=66, num_experts=4, top_k=2, max_tokens=50, dtype=HALF)
+    exchange.setup()
+    x = torch.randn(50, 66, device=DEVICE, dtype=HALF, requires_grad=True)
+    index = torch.rand(50, 4, device=DEVICE).argsort(dim=-1)[:, :2]
+    handle = ff.dispatch_send(exchange, x, index, torch.rand(50, 2, device=DEVICE, requires_grad=True))
+    rows, _ = ff.dispatch_wait(handle)
+    ff.combine_send(handle, rows)
+    ff.combine_wait(handle).sum().backward()
+
+
 def main() -> None:
     for shape, dtype, transposed in CALLS:
         call_experts(shape, dtype, transposed)
@@ -69,7 +81,7 @@ def main() -> None:
     call_layer(50, 66, ep=memory, exchange=ff.ExchangeOptions(keep_received=False))
     call_layer(50, 66, ep=memory, exchange=ff.ExchangeOptions(combine="presummed"))
     call_layer(50, 66, ep=memory, exchange=ff.ExchangeOptions(fp8=True))
-    ff.TokenExchange(memory, hidden_size=66, num_experts=4, top_k=2, max_tokens=50, dtype=HALF).setup()
+    call_exchange(memory)
     memory.close()
     if DEVICE == "cuda":
         torch.cuda.synchronize()
