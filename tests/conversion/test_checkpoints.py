@@ -373,7 +373,11 @@ def test_tied_and_fused_forms_pass_the_check(tiny: Any, tokens: Any, tmp_path: P
         assert "lm_head.weight" not in stored
         conversion.check_checkpoint(tmp_path / form)
         loaded = ff.load(tmp_path / form, experts_implementation="eager")
-        assert (loaded(tokens).logits - model(tokens).logits).abs().max() == 0.0
+        parameters = dict(model.named_parameters())
+        assert all(torch.equal(value, parameters.pop(name)) for name, value in loaded.named_parameters())
+        assert not parameters
+        # The last bit is BLAS's: on some processors it follows where in memory a weight lies.
+        torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=1e-6, atol=1e-6)
 
 
 def test_generation_settings_and_tokenizer_travel(stock: Path, tmp_path: Path) -> None:
