@@ -13,13 +13,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from farskip_fused import mps
 from farskip_fused.bench import all_to_all
 from farskip_fused.bench.comm_ranks import Case, Measured, measure
 from farskip_fused.bench.shapes import BYTES, parse_shape
 from farskip_fused.bench.timing import summarise
 from farskip_fused.errors import UsageError
-from farskip_fused.launch import run_ranks
+from farskip_fused.launch import multiprocessors_of_rank, run_ranks
 
 RANKS, SMS, TOKENS = (2, 4, 8), (20, 8), (4096, 128)
 SHAPES = ("deepseek-v2-lite", "qwen3-30b-a3b")
@@ -57,9 +56,7 @@ def run(shapes: Sequence[str], ranks: Sequence[int], sms: Sequence[int], tokens:
     with Console(stderr=True).status("") as status:
         for world in ranks:
             shared = world > torch.cuda.device_count()
-            available = torch.cuda.get_device_properties(0).multi_processor_count
-            if shared:
-                available = mps.multiprocessors(available, world)
+            available = multiprocessors_of_rank(world)
             cases = [
                 (name, Case(shape, count, share))
                 for name, shape in parsed.items()

@@ -15,12 +15,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from farskip_fused import mps
 from farskip_fused.bench.fused_ranks import PARTS, WAYS, Case, Measured, measure
 from farskip_fused.bench.shapes import parse_shape
 from farskip_fused.bench.timing import summarise
 from farskip_fused.errors import UsageError
-from farskip_fused.launch import RankFailed, run_ranks
+from farskip_fused.launch import RankFailed, multiprocessors_of_rank, run_ranks
 
 RANKS, TOKENS = (4,), (4096,)
 SHAPES = ("deepseek-v2-lite", "qwen3-30b-a3b")
@@ -61,10 +60,10 @@ def run(
         raise UsageError("farskip bench fused measures a CUDA GPU and this machine has none.")
     from farskip_fused.bench.report import environment
 
-    of_gpu, gpus = torch.cuda.get_device_properties(0).multi_processor_count, torch.cuda.device_count()
+    gpus = torch.cuda.device_count()
     sharing = {world: world if world > gpus else 1 for world in ranks}  # ranks that share a GPU
-    for world, share in sharing.items():
-        available = of_gpu if share == 1 else mps.multiprocessors(of_gpu, share)
+    for world in ranks:
+        available = multiprocessors_of_rank(world)
         for wanted in sms:
             if wanted is not None and wanted >= available:
                 raise UsageError(f"--sms {wanted}: {world} ranks have {available} each; leave the GEMMs some.")

@@ -137,6 +137,14 @@ def _gpu_of(rank: int, world: int, device: str) -> int:
     return rank if world <= torch.cuda.device_count() else 0
 
 
+def multiprocessors_of_rank(world: int) -> int:
+    """How many a rank on "cuda" has: all of its own GPU, or its share of GPU 0."""
+    import torch
+
+    of_gpu = torch.cuda.get_device_properties(0).multi_processor_count
+    return of_gpu if world <= torch.cuda.device_count() else mps.multiprocessors(of_gpu, world)
+
+
 @contextmanager
 def _environ(values: dict[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in values}

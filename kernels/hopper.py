@@ -169,7 +169,7 @@ if HAS_GLUON:
         """Spin until the row flag of each row is the round's epoch, or the deadline is past: it is noted then.
 
         Every thread waits for the rows that it copies itself. It looks at all of their flags at once and has one fence
-        for them: acquiring loads wait for each other, and a tile of them took two thirds of the tile's products.
+        for them: acquiring loads wait for each other, which made dispatch and up-projection a third slower as a whole.
         """
         base = gl.load(context + _PEERS + gl.load(context + _RANK)) + gl.load(context + _ROW_ARRIVAL)
         expired = (context + _EXPIRED).to(gl.int64)

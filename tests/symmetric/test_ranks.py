@@ -1,5 +1,7 @@
 """Dispatch and combine between ranks: over shared memory on CPU, over NVSHMEM on one GPU and on several."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -120,6 +122,13 @@ def test_layers_that_differ_between_ranks_are_refused(device):
 def test_ranks_take_a_gpu_each_unless_there_are_too_few_or_one_is_named(monkeypatch, gpus, device, expected):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert [launch._gpu_of(rank, 2, device) for rank in range(2)] == expected
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(1, 32), (4, 132)])
+def test_ranks_have_their_share_of_one_gpu_or_all_of_their_own(monkeypatch, gpus, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    assert launch.multiprocessors_of_rank(4) == expected
 
 
 @pytest.mark.rung2
