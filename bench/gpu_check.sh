@@ -49,7 +49,7 @@ if wants sanitize; then
     part families 200 $families
     check="$sanitizer --error-exitcode 9 --target-processes application-only --kernel-name-exclude kns=at6native"
     part memcheck 400 $check --tool memcheck --leak-check no $families
-    part racecheck 400 $check --tool racecheck $families
+    part racecheck 400 sh -c "$sanitizer --target-processes application-only --kernel-name-exclude kns=at6native --tool racecheck $families >$OUT/races.txt; $PYTHON tests/kernels/read_racecheck.py $OUT/races.txt"
   fi
 fi
 for row in "$OUT"/*.row; do

@@ -47,7 +47,6 @@ WARPS = 16
 # A warp takes a row, in chunks of a 16-byte load a lane, several in flight.
 ROWS_AT_ONCE = 128 if INTERPRETED else WARPS
 COLUMNS_OF_CHUNK = 256
-LOADS_AT_ONCE = 16
 
 
 class Extras(NamedTuple):
@@ -107,14 +106,30 @@ def _push_sums(
             for start in range(begin, begin + rows_in_turn, BLOCK_ROWS):
                 row = start + tl.arange(0, BLOCK_ROWS)
                 turn = tl.load(turns + row, mask=row < rows, other=-1)
-                found = ()
-                factors = ()
+                here = turn >= 0
+                # Of a token's experts few live here. Those first, in their order: the loads that are in flight
+                # together would otherwise be masked off for the most part.
+                listed, listed_factors, turns_of_terms = (), (), ()
+                count = tl.zeros((BLOCK_ROWS,), tl.int32)
                 for term in tl.static_range(TERMS):
                     entry = row.to(tl.int64) * TERMS + term
-                    found += (tl.load(places + entry, mask=row < rows, other=-1),)  # type: ignore[assignment]
+                    place = tl.load(places + entry, mask=here, other=-1)
+                    listed += (place,)  # type: ignore[assignment]
                     if weights is not None:
-                        factors += (tl.load(weights + entry, mask=row < rows, other=0.0),)  # type: ignore[assignment]
-                here = turn >= 0
+                        listed_factors += (tl.load(weights + entry, mask=here, other=0.0),)  # type: ignore[assignment]
+                    turns_of_terms += (tl.where(place >= 0, count, -1),)  # type: ignore[assignment]
+                    count += (place >= 0).to(tl.int32)
+                found, factors = (), ()
+                for turn_of_term in tl.static_range(TERMS):
+                    place = tl.full((BLOCK_ROWS,), -1, tl.int32)
+                    factor = tl.zeros((BLOCK_ROWS,), tl.float32)
+                    for term in tl.static_range(turn_of_term, TERMS):
+                        is_it = turns_of_terms[term] == turn_of_term  # type: ignore[misc]
+                        place = tl.where(is_it, listed[term], place)  # type: ignore[misc]
+                        if weights is not None:
+                            factor = tl.where(is_it, listed_factors[term], factor)  # type: ignore[misc]
+                    found += (place,)  # type: ignore[assignment]
+                    factors += (factor,)  # type: ignore[assignment]
                 owner = row // max_tokens
                 token = ((first + row % max_tokens) * TOP_K).to(tl.int64)
                 base = tl.load(context + PEERS + owner, mask=row < rows, other=0)
@@ -122,29 +137,33 @@ def _push_sums(
                 # What cannot be stored at its owner is staged here, and put from there.
                 staged = own + tl.load(context + COMBINE_STAGED_ROWS) + (slot * rows + row) * NBYTES
                 target = pointers_at(tl.where(base == 0, staged, there), NBYTES, values.dtype.element_ty)
-                for column_start in range(0, HIDDEN, CHUNKS * CHUNK):
-                    loaded = ()
-                    for part in tl.static_range(CHUNKS * TERMS):  # all in flight at once
-                        place = found[part % TERMS].to(tl.int64)  # type: ignore[misc, var-annotated]
-                        column = column_start + part // TERMS * CHUNK + tl.arange(0, CHUNK)
-                        mask = (here & (place >= 0))[:, None] & (column < HIDDEN)[None, :]
-                        pointers = values + place[:, None] * HIDDEN + column[None, :]
-                        loaded += (tl.load(pointers, mask=mask, other=0.0),)  # type: ignore[assignment]
-                    for chunk in tl.static_range(CHUNKS):
-                        total = tl.zeros((BLOCK_ROWS, CHUNK), tl.float32)
-                        for term in tl.static_range(TERMS):
-                            value = loaded[chunk * TERMS + term].to(tl.float32)  # type: ignore[misc, var-annotated]
-                            if weights is not None:
-                                # What is not routed here has a weight that nobody wrote, perhaps no number.
-                                factor = tl.where(here & (found[term] >= 0), factors[term], 0.0)
-                                total = tl.fma(value, factor[:, None], total)
-                            else:
-                                total += value
-                        column = column_start + chunk * CHUNK + tl.arange(0, CHUNK)
-                        mask = here[:, None] & (column < HIDDEN)[None, :]
-                        tl.store(target[:, None] + column[None, :], total.to(values.dtype.element_ty), mask=mask)
                 if PACED:
                     sent = tl.sum((here & (owner != rank) & (base != 0)).to(tl.int32))
+                for column_start in range(0, HIDDEN, CHUNKS * CHUNK):
+                    totals = ()
+                    for _ in tl.static_range(CHUNKS):
+                        totals += (tl.zeros((BLOCK_ROWS, CHUNK), tl.float32),)  # type: ignore[assignment]
+                    for term in tl.static_range(TERMS):
+                        source = values + found[term].to(tl.int64) * HIDDEN  # type: ignore[misc]
+                        loaded = ()
+                        for chunk in tl.static_range(CHUNKS):
+                            column = column_start + chunk * CHUNK + tl.arange(0, CHUNK)
+                            mask = (found[term] >= 0)[:, None] & (column < HIDDEN)[None, :]  # type: ignore[misc]
+                            loaded += (tl.load(source[:, None] + column[None, :], mask=mask, other=0.0),)  # type: ignore[assignment]
+                        sums = ()
+                        for chunk in tl.static_range(CHUNKS):
+                            value = loaded[chunk].to(tl.float32)  # type: ignore[misc]
+                            if weights is not None:
+                                sums += (tl.fma(value, factors[term][:, None], totals[chunk]),)  # type: ignore[assignment, misc]
+                            else:
+                                sums += (totals[chunk] + value,)  # type: ignore[assignment, misc]
+                        totals = sums
+                    for chunk in tl.static_range(CHUNKS):
+                        column = column_start + chunk * CHUNK + tl.arange(0, CHUNK)
+                        mask = here[:, None] & (column < HIDDEN)[None, :]
+                        total = totals[chunk].to(values.dtype.element_ty)  # type: ignore[misc, var-annotated]
+                        tl.store(target[:, None] + column[None, :], total, mask=mask)
+                if PACED:
                     pace(context, sent * NBYTES)
 
 
@@ -299,7 +318,7 @@ def push_sums(round_: Round, values: Tensor, places: Tensor, weights: Tensor | N
     hidden = values.shape[1]
     rows, terms = places.shape
     chunk = min(padded(hidden), COLUMNS_OF_CHUNK)
-    chunks = max(min(LOADS_AT_ONCE // terms, triton.cdiv(hidden, chunk)), 1)
+    chunks = _loads_at_once(triton.cdiv(hidden, chunk), most=16 if terms == 1 else 4)
     blocks_in_turn = max(min(rows // (round_.programs * ROWS_AT_ONCE), 4), 1)
     _push_sums[(round_.programs,)](
         round_.context, round_.ticket, values, places, weights, turns, rows, blocks_in_turn * ROWS_AT_ONCE,
@@ -308,6 +327,12 @@ def push_sums(round_: Round, values: Tensor, places: Tensor, weights: Tensor | N
     )  # fmt: skip
     if round_.puts is not None:
         put.put_sums(round_, turns, top_k, hidden * values.itemsize)
+
+
+def _loads_at_once(chunks: int, most: int) -> int:
+    """Chunks of a row that are loaded together: a divisor where there is a large one, so that none is masked off."""
+    exact = [count for count in range(most // 2 + 1, most + 1) if chunks % count == 0]
+    return max(exact, default=min(chunks, most))
 
 
 def push_weight_gradients(round_: Round, parts: Tensor, places: Tensor) -> None:

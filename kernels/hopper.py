@@ -103,7 +103,12 @@ if HAS_GLUON:
     _HALF, _CHUNK = gl.constexpr(HALF), gl.constexpr(CHUNK)
     _RANK, _PEERS = gl.constexpr(protocol.RANK.value), gl.constexpr(protocol.PEERS.value)
     _ROW_ARRIVAL, _EXPIRED = gl.constexpr(protocol.ROW_ARRIVAL.value), gl.constexpr(protocol.EXPIRED.value)
-    _TIMEOUT = gl.constexpr(protocol.TIMEOUT_NANOSECONDS.value)
+    _TIMEOUT, _ROWS_ARRIVAL = (
+        gl.constexpr(protocol.TIMEOUT_NANOSECONDS.value),
+        gl.constexpr(protocol.ROWS_ARRIVAL.value),
+    )
+    _WORLD, _DEPTH_OF_SLOTS = gl.constexpr(protocol.WORLD.value), gl.constexpr(protocol.DEPTH.value)
+    _PLANES = gl.constexpr(protocol.PLANES.value)
     _TICKET_FIRST_ROW = gl.constexpr(protocol.TICKET_FIRST_ROW.value)
     # Concurrent programs take up to 16 row tiles of an expert times few column tiles, so that both operands stay in L2.
     _GROUP = gl.constexpr(16)
@@ -200,6 +205,37 @@ if HAS_GLUON:
         gl.inline_asm_elementwise("fence.acq_rel.sys; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
     @gluon.jit
+    def have_all_arrived(context, ticket):
+        """Whether every rank has announced all its rows of the round; then they may be read. Each thread asks itself.
+
+        One look instead of a flag a row: dispatch is done long before the GEMM, whose later tiles need no more waits.
+        """
+        planes, world = gl.load(context + _PLANES), gl.load(context + _WORLD)
+        epoch = gl.load(ticket)
+        first = epoch % gl.load(context + _DEPTH_OF_SLOTS) * planes * world
+        base = gl.load(context + _PEERS + gl.load(context + _RANK)) + gl.load(context + _ROWS_ARRIVAL) + first * 8
+        return gl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            .reg .b64 at, end, seen;
+            mov.b64 at, $1;
+            mad.lo.s64 end, $3, 8, $1;
+            mov.b32 $0, 0;
+            next:
+            ld.relaxed.sys.global.b64 seen, [at];
+            setp.lt.s64 p, seen, $2;
+            @p bra done;
+            add.s64 at, at, 8;
+            setp.lt.s64 p, at, end;
+            @p bra next;
+            fence.acq_rel.sys;
+            mov.b32 $0, 1;
+            done:
+            }""",
+            "=&r,l,l,l", [base, epoch, world], dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+    @gluon.jit
     def load_tiles(
         context, ticket, rows, rows_desc, order, tiles, tile_count, weight_desc, a_stages, b_stages, full, empty,
         DEPTH_SIZE: gl.constexpr, COLUMNS: gl.constexpr, COLUMN_TILES: gl.constexpr,
@@ -222,6 +258,7 @@ if HAS_GLUON:
                 "mov.u64 $0, %globaltimer;", "=l", [], dtype=gl.int64, is_pure=False, pack=1
             )
             deadline = now + gl.load(context + _TIMEOUT)
+            arrived = gl.where(total < 0, 1, 0)  # 0, of the type that the loop gives it
         tile = gl.program_id(0)
         expert, start, column_tile, entry = _place_and_gather(order, tiles, tile, total, COLUMN_TILES, TOP_K)
         while tile < total:
@@ -231,7 +268,10 @@ if HAS_GLUON:
                 if IN_SLOT:
                     row += gl.load(ticket + _TICKET_FIRST_ROW)
                 if AWAITED:
-                    await_rows(context, ticket, row, deadline)
+                    if arrived == 0:
+                        arrived = have_all_arrived(context, ticket)
+                    if arrived == 0:
+                        await_rows(context, ticket, row, deadline)
                 # Opaque offsets stay whole: otherwise LLVM keeps the lane's part apart and adds it anew to every
                 # pointer in every step, twice the loader's instructions.
                 offsets = gl.inline_asm_elementwise(

@@ -148,24 +148,30 @@ if HAS_GLUON:
                     value = gl.load(pointers, mask=mask, other=0.0).to(gl.float32) + chunk
                     gl.store(pointers, value.to(result.dtype.element_ty), mask=mask)
             elif left < LEFT_SIZE:
-                tma.store_wait(0)
-                thread_barrier()
                 chunks = quarters(product)
-                for part in gl.static_range(4):
-                    rounded = chunks[part].to(buffers.dtype)
-                    if TRANSPOSED:
-                        buffers.index(4 * WARPGROUP + part).permute((1, 0)).store(rounded)
-                    else:
-                        buffers.index(4 * WARPGROUP + part).store(rounded)
-                fence_async_shared()
-                thread_barrier()
-                for part in gl.static_range(4):
-                    right = right_tile * _TILE_COLUMNS + part * _CHUNK
-                    if right < RIGHT_SIZE:
-                        corner_row = expert * RIGHT_SIZE + right if TRANSPOSED else expert * LEFT_SIZE + left
-                        corner_column = left if TRANSPOSED else right
-                        staged = buffers.index(4 * WARPGROUP + part)
-                        store_box(result_desc, [corner_row, corner_column], staged)
+                # By halves, so that one is staged while the stores of the tile before still read the other: with few
+                # entries an expert, these stores take most of a tile's time.
+                for half in gl.static_range(2):
+                    tma.store_wait(2)
+                    thread_barrier()
+                    for part in gl.static_range(2 * half, 2 * half + 2):
+                        rounded = chunks[part].to(buffers.dtype)
+                        if TRANSPOSED:
+                            buffers.index(4 * WARPGROUP + part).permute((1, 0)).store(rounded)
+                        else:
+                            buffers.index(4 * WARPGROUP + part).store(rounded)
+                    fence_async_shared()
+                    thread_barrier()
+                    for part in gl.static_range(2 * half, 2 * half + 2):
+                        right = right_tile * _TILE_COLUMNS + part * _CHUNK
+                        # What lies past the matrix is stored past the last expert, where nothing is written: the wait
+                        # counts stores, and each tile must have four.
+                        if TRANSPOSED:
+                            corner_row = gl.where(right < RIGHT_SIZE, expert * RIGHT_SIZE + right, EXPERTS * RIGHT_SIZE)
+                            corner = [corner_row, left]
+                        else:
+                            corner = [expert * LEFT_SIZE + left, right]
+                        store_box(result_desc, corner, buffers.index(4 * WARPGROUP + part))
         tma.store_wait(0)
 
     @gluon.jit
