@@ -147,9 +147,8 @@ def _send_sums(
             combine.push_weight_gradients(round_, weight_parts, where.places)
         combine.push_sums(round_, values, where.places, weights, turns, exchange.top_k)
         combine.announce_sent(round_)
-    # Alive until they have left.
-    left = () if weight_parts is None else (weight_parts,)
-    flight.leaving, flight.mark = (*left, values, where.places, turns), exchange.mark()
+    read = (values, where.places, weights, turns, weight_parts)  # alive until all has left
+    flight.leaving, flight.mark = tuple(each for each in read if each is not None), exchange.mark()
 
 
 class WholePending(Pending):
@@ -194,7 +193,8 @@ class ArrivedPending(Pending):
     ) -> None:  # fmt: skip
         """As Pending's, with a flight of its own."""
         self.output_shape = hidden_states.shape
-        self._weights, self._main_grads = (w13, w2), (None, None)
+        self._weights = (w13, w2) if torch.is_grad_enabled() else (w13.detach(), w2.detach())
+        self._main_grads = (None, None)
         self._top_k_weights, self._hidden_states = top_k_weights.detach(), hidden_states.detach()
         self._flight = _ArrivedFlight(exchange, top_k_index)
         self._token = Dispatch.apply(hidden_states, top_k_weights, self._flight)
