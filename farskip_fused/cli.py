@@ -261,6 +261,47 @@ def bench_fused(
     raise typer.Exit(1 if result["failed"] else 0)
 
 
+@bench.command("layer")
+def bench_layer(
+    shapes: Annotated[
+        list[str] | None, typer.Argument(help="deepseek-v2-lite, qwen3-30b-a3b; both by default.")
+    ] = None,
+    ranks: Annotated[list[int] | None, typer.Option(min=2, help="Ranks; repeat for several. 4 by default.")] = None,
+    link: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="none, nvlink4, ib400, ib200 or GB/s of a GPU; repeat for several. The first two by default."
+        ),
+    ] = None,
+    sms: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Multiprocessors a rank that communication takes; repeat for several."),
+    ] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens of a rank; repeat for several. 4096 by default.")
+    ] = None,
+    layers: Annotated[int, typer.Option(min=3, help="Layers of the stack; a time is over all but two.")] = 8,
+    iterations: Annotated[int, typer.Option(min=2, help="Passes of each kind.")] = 20,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a Chrome/Perfetto trace of rank 0, of a single case.")
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw one layer from that trace to this PNG or SVG.")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Time decoder layers whose communication blocks, goes by streams or is fused, and how much of it they hide."""
+    from farskip_fused.bench import layer as room
+
+    result = room.run(
+        shapes or list(room.SHAPES), ranks or list(room.RANKS), link or list(room.LINKS), sms or [None],
+        tokens or list(room.TOKENS), layers=layers, iterations=iterations, trace=trace, figure=figure,
+    )  # fmt: skip
+    room.render(result)
+    write_json(json_file, result)
+    raise typer.Exit(1 if result["failed"] else 0)
+
+
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="A named model such as deepseek-v3, or the path of a config.json.")],

@@ -339,7 +339,8 @@ class Pending:
         w2: Tensor, main_grads: Sequence[Tensor | None] | None = None,
     ) -> None:  # fmt: skip
         self.output_shape = hidden_states.shape
-        self._weights = (w13, w2)
+        # Autograd functions see that a weight requires a gradient even where none is recorded, and would keep for it.
+        self._weights = (w13, w2) if torch.is_grad_enabled() else (w13.detach(), w2.detach())
         self._main_grads = main_grads or (None, None)
         # The router-weight gradient comes back with dispatch's, so combine sees the weights without their graph.
         self._top_k_weights = top_k_weights.detach()

@@ -5,7 +5,7 @@ import torch
 
 import farskip_fused as ff
 from farskip_fused import reference
-from farskip_fused.kernels import protocol
+from farskip_fused.kernels import experts, protocol
 from tests.numerics import DEVICE, assert_close, relative_error
 
 # The interpreter has no bfloat16 dot; float16 takes the same path there.
@@ -374,3 +374,19 @@ class TestBadInput:
     def test_impossible_layers_are_refused(self, arguments, options, error, sentence):
         with pytest.raises(error, match=sentence):
             ff.FusedMoE(*arguments, max_tokens=4, **options)
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_what_backward_needs_is_kept_only_where_gradients_are_recorded(slots, monkeypatch, with_gradients):
+    layer, kept = make_experts(slots), []
+    up_swiglu = experts.up_swiglu
+
+    def recorded(rows, where, top_k, w13, keep_gate_up, **options):
+        kept.append(keep_gate_up)
+        return up_swiglu(rows, where, top_k, w13, keep_gate_up, **options)
+
+    monkeypatch.setattr(experts, "up_swiglu", recorded)
+    x, ids, weights = torch.randn(4, 48), torch.arange(3, dtype=torch.int32).expand(4, -1), torch.ones(4, 3)
+    with torch.set_grad_enabled(with_gradients):
+        layer(*(each.to(DEVICE) for each in (x, ids, weights)))
+    assert kept == [with_gradients]
