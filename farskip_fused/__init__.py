@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from farskip_fused.distillation import distill
     from farskip_fused.errors import PeerTimeout, UsageError
     from farskip_fused.exchange_setup import ExchangeOptions
+    from farskip_fused.layer import Carry, OverlappedLayer
     from farskip_fused.local_experts import fused_experts
     from farskip_fused.moe import FusedExperts, FusedMoE
     from farskip_fused.symmetric import SymmetricMemory, init
@@ -32,6 +33,8 @@ _HOMES = {
     "ExchangeOptions": "exchange_setup",
     "FusedExperts": "moe",
     "FusedMoE": "moe",
+    "Carry": "layer",
+    "OverlappedLayer": "layer",
     "fused_experts": "local_experts",
     "use_fused_experts": "transformers_experts",
     "TokenExchange": "token_exchange",
@@ -44,10 +47,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "Carry",
     "Connectivity",
     "ExchangeOptions",
     "FusedExperts",
     "FusedMoE",
+    "OverlappedLayer",
     "PeerTimeout",
     "SymmetricMemory",
     "TokenExchange",

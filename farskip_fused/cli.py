@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 
+from farskip_fused.connectivity import Connectivity
 from farskip_fused.errors import UsageError
 
 app = typer.Typer(
@@ -81,6 +83,7 @@ def convert(
     target: Annotated[Path | None, typer.Argument(help="Directory to make; may be left out with --check.")] = None,
     connectivity: Annotated[str, typer.Option(help="farskip, attention_only, moe_only or standard.")] = "farskip",
     layers: Annotated[str, typer.Option(help='"all", "last:75%", "first:4", "4:20" or indices "0,2,5".')] = "all",
+    depth: Annotated[int, typer.Option(help="Layers that the MoE's input is behind, 1 to 3.")] = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TARGET if it exists.")] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Compare names and shapes of all tensors with the model's; alone: SOURCE's.")
@@ -92,7 +95,8 @@ def convert(
         raise UsageError("Name a TARGET directory, or give --check to examine SOURCE.")
     from farskip_fused.conversion import command
 
-    write_json(json_file, command.run(source, target, connectivity, layers, overwrite=overwrite, check=check))
+    chosen = replace(Connectivity.named(connectivity), depth=depth)
+    write_json(json_file, command.run(source, target, chosen, layers, overwrite=overwrite, check=check))
 
 
 DataPath = Annotated[Path, typer.Option("--data", help="A text file or a directory of text files.")]

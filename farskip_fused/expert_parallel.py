@@ -26,7 +26,7 @@ from farskip_fused.kernels.experts_to_owner import project_to_owner
 from farskip_fused.kernels.layout import Layout
 from farskip_fused.kernels.machine import aligned
 from farskip_fused.kernels.protocol import Round, SlotRows
-from farskip_fused.local_experts import add_extras
+from farskip_fused.local_experts import add_extras, is_recomputing
 from farskip_fused.symmetric.slots import Slots, Ticket
 
 
@@ -85,8 +85,7 @@ class Flight:
     def __init__(self, exchange: Exchange, top_k_index: Tensor) -> None:
         self.exchange = exchange
         self.top_k_index = top_k_index
-        self.ticket, self.round = exchange.open_round()
-        self.gradient_ticket, self.gradient_round = self.ticket, self.round  # those of the gradients, once they travel
+        self.held = True  # until it is sent, it takes no slot
         self.order: SendOrder | None = None
         self.combined: Tensor | None = None
         # Rows that leave must stay alive until they have left, which ``mark`` marks.
@@ -96,6 +95,9 @@ class Flight:
     def send(self, hidden_states: Tensor, top_k_weights: Tensor) -> None:
         """Launch the dispatch of [T, H] with its routing."""
         exchange, local = self.exchange, self.exchange.num_local_experts
+        self.held = False
+        self.ticket, self.round = exchange.open_round()
+        self.gradient_ticket, self.gradient_round = self.ticket, self.round  # those of the gradients, once they travel
         with exchange.beside():
             dispatch.wait_to_send(self.round)
             self.order = dispatch.send_routing(self.round, self.top_k_index, top_k_weights, local)
@@ -159,21 +161,17 @@ class Flight:
         self.exchange.slots.memory.check()
 
 
-def is_recomputing() -> bool:
-    """Whether this runs inside a backward pass, as activation checkpointing's recomputation does."""
-    return torch._C._current_graph_task_id() != -1
-
-
 class Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_states: Tensor, top_k_weights: Tensor, flight: Flight) -> Tensor:
+    def forward(ctx: Any, hidden_states: Tensor, top_k_weights: Tensor, flight: Flight, hold: bool = False) -> Tensor:
         ctx.flight = flight
-        flight.send(hidden_states, top_k_weights)
+        if not hold:
+            flight.send(hidden_states, top_k_weights)
         return torch.zeros(1, device=hidden_states.device)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, token: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, token: Tensor) -> tuple[Tensor, Tensor, None, None]:
         flight: Flight = ctx.flight
         exchange, round_, shape = flight.exchange, flight.gradient_round, flight.exchange.slots.shape
         flight.landed()
@@ -185,7 +183,7 @@ class Dispatch(torch.autograd.Function):
         combine.release(round_)
         exchange.slots.close_round(flight.gradient_ticket)
         flight.check()
-        return gradient, weights_gradient, None
+        return gradient, weights_gradient, None, None
 
 
 class _Saved(NamedTuple):
@@ -332,11 +330,14 @@ class Combine(torch.autograd.Function):
 
 
 class Pending:
-    """A round in flight; made by ``start``. Every rank must take the same steps in the same order."""
+    """A round in flight; made by ``start``. Every rank must take the same steps in the same order.
+
+    hold: dispatch at ``experts()`` only.
+    """
 
     def __init__(
         self, exchange: Exchange, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, w13: Tensor,
-        w2: Tensor, main_grads: Sequence[Tensor | None] | None = None,
+        w2: Tensor, main_grads: Sequence[Tensor | None] | None = None, hold: bool = False,
     ) -> None:  # fmt: skip
         self.output_shape = hidden_states.shape
         # Autograd functions see that a weight requires a gradient even where none is recorded, and would keep for it.
@@ -346,15 +347,22 @@ class Pending:
         self._top_k_weights = top_k_weights.detach()
         self._hidden_states = hidden_states.detach()
         self._flight = Flight(exchange, top_k_index)
-        self._token = Dispatch.apply(hidden_states, top_k_weights, self._flight)
+        self._token = Dispatch.apply(hidden_states, top_k_weights, self._flight, hold)
         self._computed: Tensor | None = None
         self._finished = False
         self._flight.check()
 
     def experts(self) -> None:
-        """Launch the expert GEMMs on what arrives; their results go straight to the owners of the tokens."""
+        """Launch the expert GEMMs on what arrives; their results go straight to the owners of the tokens.
+
+        Called again while activations are recomputed it is a round of its own, for what its backward pass needs.
+        """
         if self._computed is not None:
-            raise RuntimeError("experts() was called twice on one pending round; call it once, or only finish().")
+            if not is_recomputing():
+                raise RuntimeError("experts() was called twice on one pending round; call it once, or only finish().")
+            self._flight = Flight(self._flight.exchange, self._flight.top_k_index)
+        if self._flight.held:
+            self._flight.send(self._hidden_states, self._top_k_weights)
         self._computed = _Experts.apply(
             self._token, *self._weights, self._top_k_weights, self._flight, self._main_grads
         )

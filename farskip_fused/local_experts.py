@@ -105,7 +105,7 @@ class LocalPending:
         The sum is not left to ``finish``: with activation checkpointing of every layer that one runs in the next layer,
         and so would what it saves for backward.
         """
-        if self._result is not None:
+        if self._result is not None and not is_recomputing():
             raise RuntimeError("experts() was called twice on one pending call; call it once, or only finish().")
         hidden_states, _, w13, w2 = (tensor.detach() for tensor in self._inputs)
         values, gate_up = _expert_outputs(hidden_states, w13, w2, *self._layout, self._transposed, self._has_gradient)
@@ -123,6 +123,11 @@ class LocalPending:
         assert self._result is not None
         self._finished = True
         return add_extras(self._result.reshape(self.output_shape), shared, residual)
+
+
+def is_recomputing() -> bool:
+    """Whether this runs inside a backward pass, as activation checkpointing's recomputation does."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def add_extras(result: Tensor, shared: Tensor | None, residual: Tensor | None) -> Tensor:

@@ -151,9 +151,12 @@ class FusedExperts(nn.Module):
                 if has_backward:
                     y.sum().backward()
 
-    def dispatch(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Pending | LocalPending:
+    def dispatch(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, hold: bool = False
+    ) -> Pending | LocalPending:
         """Launch the dispatch of [T, H] to experts [T, K] (-1: not routed) with weights [T, K]; returns at once.
 
+        hold: launch it with the experts' GEMMs only; for a caller that may do without it.
         Raises RuntimeError before ``setup``, TypeError for a wrong dtype, UsageError for a wrong shape or device, for
         more than ``max_tokens`` tokens and, on CPU, for ids out of range. A GPU finds those itself: with ``ep`` None
         their tokens get NaN, with others a later call reports them, and the symmetric memory is of no further use.
@@ -169,7 +172,7 @@ class FusedExperts(nn.Module):
         ids = to_global_ids(top_k_index, self.num_experts)
         return Pending(
             self._exchange, aligned(hidden_states), aligned(ids), aligned(top_k_weights.float()), self.w13, self.w2,
-            self._main_grads(),
+            self._main_grads(), hold,
         )  # fmt: skip
 
     def _dispatch_here(self, hidden_states: Tensor, where: Layout, top_k_weights: Tensor) -> LocalPending:
@@ -239,13 +242,13 @@ class FusedMoE(FusedExperts):
         super()._warm_up(exchange)
         self.gate.load(self.slot_shape.max_tokens)
 
-    def start(self, hidden_states: Tensor) -> Pending | LocalPending:
-        """Gate, routing and the launch of dispatch; returns at once."""
+    def start(self, hidden_states: Tensor, *, hold: bool = False) -> Pending | LocalPending:
+        """Gate, routing and the launch of dispatch; returns at once. hold: see ``dispatch``."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         self._check_input(flat)
         pending: Pending | LocalPending
         if self._exchange is not None or not self._is_set_up:
-            pending = self.dispatch(flat, *self.gate(flat))
+            pending = self.dispatch(flat, *self.gate(flat), hold=hold)
         else:
             self._check_weights()
             routing = self.gate.route(flat, tuning.tile_rows(flat.shape[0] * self.top_k, flat, self.w13))

@@ -1,6 +1,6 @@
 """The order of a layer's actions, as data: ``layer.py`` runs it, ``plan`` simulates it, figures draw it.
 
-``layer.py`` runs the forward order at depth 1; the backward, the deeper and the tensor-parallel orders are simulated.
+``layer.py`` runs the forward and backward orders; the tensor-parallel ones are simulated.
 Free of torch. Source of the FarSkip order: arXiv 2511.11505, section on the training schedule; the attention is split
 in two so that the combine of the layer before and the dispatch of this one both have something to hide behind.
 """
@@ -46,13 +46,13 @@ _FORWARD = {
 }
 
 
-def forward_order(connectivity: Connectivity, depth: int = 1) -> tuple[Action, ...]:
+def forward_order(connectivity: Connectivity) -> tuple[Action, ...]:
     """The actions of a layer's forward pass, each at the earliest place that its inputs allow.
 
-    depth: how many layers back the newest routed output lies that the MoE reads (FarSkip only). From 2 on the MoE's
-    input is there before the experts of the layer before have run: they go between dispatch and attention, so that a
-    dispatch has the whole layer to arrive in, and a combine that and depth - 2 layers more.
+    From depth 2 on the MoE's input is there before the experts of the layer before have run: they go between dispatch
+    and attention, so that a dispatch has the whole layer to arrive in, and a combine that and depth - 2 layers more.
     """
+    depth = connectivity.depth
     if depth == 1:
         return _FORWARD[connectivity.name]
     finish_combine = replace(FINISH_COMBINE, waits_for=("combine", -depth))
@@ -80,15 +80,15 @@ BACKWARD_ACTIONS = tuple(action for actions in _BACKWARD.values() for action in 
 BACKWARD_TRANSFERS = ("combine_gradients", "dispatch_gradients")
 
 
-def backward_order(connectivity: Connectivity, depth: int = 1) -> tuple[Action, ...]:
+def backward_order(connectivity: Connectivity) -> tuple[Action, ...]:
     """The actions of a layer's backward pass: the forward order reversed, so that what a transfer hid behind on its
     way there hides its gradients on their way back. Layers run from the last to the first; offsets still count
     forward (-1 is the layer before, whose backward pass comes next)."""
     order: list[Action] = []
-    for action in reversed(forward_order(connectivity, depth)):
+    for action in reversed(forward_order(connectivity)):
         for mirrored in _BACKWARD[action.name]:
             if mirrored.name == "start_combine_gradients":
-                mirrored = replace(mirrored, launches=("combine_gradients", -depth))
+                mirrored = replace(mirrored, launches=("combine_gradients", -connectivity.depth))
             order.append(replace(mirrored, layer=action.layer))
     return tuple(order)
 

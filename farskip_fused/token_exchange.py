@@ -30,14 +30,14 @@ from farskip_fused.exchange_setup import (
     size_hint,
     to_global_ids,
 )
-from farskip_fused.expert_parallel import Combine, Dispatch, Exchange, Flight, is_recomputing
+from farskip_fused.expert_parallel import Combine, Dispatch, Exchange, Flight
 from farskip_fused.kernels import combine, dispatch, gather_sum
 from farskip_fused.kernels.combine import Extras
 from farskip_fused.kernels.dispatch import Received
 from farskip_fused.kernels.layout import Layout
 from farskip_fused.kernels.machine import aligned
 from farskip_fused.kernels.protocol import SlotRows
-from farskip_fused.local_experts import check_hidden_states, check_routing
+from farskip_fused.local_experts import check_hidden_states, check_routing, is_recomputing
 from farskip_fused.symmetric import SymmetricMemory
 from farskip_fused.symmetric.slots import MINIMUM_DEPTH, SlotShape
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -39,10 +40,17 @@ def test_unknown_names_are_refused_with_those_known(name: Any) -> None:
         Connectivity.named(name)
 
 
-@pytest.mark.parametrize("depth", [0, 2, -1])
-def test_other_depths_are_refused(depth: int) -> None:
-    with pytest.raises(UsageError, match=f"depth {depth}"):
-        Connectivity(attention_reads_partial=True, mlp_reads_before_attention=True, depth=depth)
+@pytest.mark.parametrize("depth", [0, 4, -1, 1.0])
+def test_other_depths_are_refused(depth: Any) -> None:
+    with pytest.raises(UsageError, match=f"depth {depth} was asked for; use 1 to 3"):
+        Connectivity.farskip(depth)
+
+
+@pytest.mark.parametrize("name", ["attention_only", "moe_only", "standard"])
+def test_only_where_both_skip_can_it_go_deeper(name: str) -> None:
+    assert Connectivity.farskip(depth=3).name == "farskip"
+    with pytest.raises(UsageError, match="depth 2 is for farskip"):
+        replace(Connectivity.named(name), depth=2)
 
 
 @pytest.mark.parametrize(
@@ -145,3 +153,28 @@ def test_advance_reads_and_sums_as_defined(name: str, parts: str) -> None:
     }[parts]
     assert torch.equal(after.full, expected.full)
     assert torch.equal(after.partial, expected.partial)
+
+
+@pytest.mark.parametrize("with_shared", [False, True])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_deeper_layers_read_routed_experts_of_earlier_layers_only(depth: int, with_shared: bool) -> None:
+    embedding, *attended = torch.randn(7, 2, 3, dtype=torch.float64)
+    shared, routed = torch.randn(2, 6, 2, 3, dtype=torch.float64)
+    streams = Streams.before_layers(embedding, depth)
+    for k in range(6):
+        own = sum(attended[:k]) + (sum(shared[:k]) if with_shared else 0)
+        read = {}
+
+        def attention(stream: torch.Tensor, k: int = k, read: dict = read) -> torch.Tensor:
+            read["attention"] = stream
+            return attended[k]
+
+        def mlp(stream: torch.Tensor, k: int = k, read: dict = read) -> tuple[torch.Tensor | None, torch.Tensor]:
+            read["mlp"] = stream
+            return shared[k] if with_shared else None, routed[k]
+
+        streams = advance(streams, Connectivity.farskip(depth), attention, mlp)
+        for part, lacks in (("mlp", depth - 1), ("attention", depth)):
+            torch.testing.assert_close(read[part], embedding + own + sum(routed[: max(0, k - lacks)]))
+    everything = embedding + sum(attended) + (sum(shared) if with_shared else 0) + sum(routed)
+    torch.testing.assert_close(streams.full, everything)

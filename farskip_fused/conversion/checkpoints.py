@@ -129,6 +129,7 @@ def describe(stored: StoredCheckpoint) -> dict[str, Any]:
         "path": str(stored.path),
         "model_type": stored.config["model_type"],
         "connectivity": connectivity.name,
+        "depth": connectivity.depth,
         "layers": layers,
         "num_layers": stored.num_layers,
         "tensors": len(stored.shapes),

@@ -10,11 +10,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from farskip_fused.connectivity import Connectivity
 from farskip_fused.conversion.checkpoints import check_checkpoint, convert_checkpoint
 
 
 def run(
-    source: Path, target: Path | None, connectivity: str, layers: str, *, overwrite: bool, check: bool
+    source: Path, target: Path | None, connectivity: Connectivity, layers: str, *, overwrite: bool, check: bool
 ) -> dict[str, Any]:
     """Converts ``source`` to ``target``, or checks ``source`` if there is no target; prints and returns the report."""
     console = Console()

@@ -22,11 +22,12 @@ from farskip_fused.errors import UsageError
 class FarSkipLayer(Rewired):
     """The behaviour of a converted decoder layer. Its class keeps the stock name, by which FSDP and accelerate wrap.
 
-    The first layer receives a tensor, which is both streams; the last one returns a tensor, the full stream.
+    The first layer receives a tensor, which is every stream; the last one returns a tensor, the full stream.
     """
 
     _connectivity: Connectivity
     _anatomy: Anatomy
+    _depth: int
     _is_first: bool
     _is_last: bool
 
@@ -40,17 +41,17 @@ class FarSkipLayer(Rewired):
         return self._anatomy
 
     def forward(self, hidden_states: Tensor | Streams, **kwargs: Any) -> Tensor | Streams:
-        """hidden_states: [batch, sequence, hidden], or two of them; kwargs: those of the stock layer."""
+        """hidden_states: [batch, sequence, hidden], or ``Streams`` of them; kwargs: those of the stock layer."""
         layer, anatomy = cast(Any, self), self._anatomy
         if layer.gradient_checkpointing and layer.training:
             _refuse_reentrant(layer._gradient_checkpointing_func)
         if isinstance(hidden_states, tuple):
             streams = Streams(*hidden_states)
         elif self._is_first:
-            streams = Streams(hidden_states, hidden_states)
+            streams = Streams.before_layers(hidden_states, self._depth)
         else:
             raise UsageError(
-                "A layer inside a FarSkip model was given one tensor instead of two streams; pipeline stages, which"
+                "A layer inside a FarSkip model was given one tensor instead of streams; pipeline stages, which"
                 " pass on one tensor, cannot be used with it."
             )
         streams = advance(
@@ -64,12 +65,12 @@ class FarSkipLayer(Rewired):
 
 
 class FarSkipDecoder(Rewired):
-    """The behaviour of a decoder that adds what is seen in images to what its first layers return: to both streams."""
+    """The behaviour of a decoder that adds what is seen in images to what its first layers return: to all streams."""
 
     def _deepstack_process(self, hidden_states: Tensor | Streams, *args: Any) -> Tensor | Streams:
         add = super()._deepstack_process  # type: ignore[misc]
         if isinstance(hidden_states, tuple):
-            return Streams(*(add(stream, *args) for stream in hidden_states))
+            return Streams.of(add(stream, *args) for stream in Streams(*hidden_states).sums)
         return add(hidden_states, *args)
 
 
@@ -92,7 +93,7 @@ def wire(
             module.__class__ = FarSkipLayer.of(type(module))
         layer = cast(FarSkipLayer, module)
         layer._connectivity = connectivity if index in converted else Connectivity.standard()
-        layer._anatomy = anatomy
+        layer._anatomy, layer._depth = anatomy, connectivity.depth
         layer._is_first, layer._is_last = index == 0, index == len(layers) - 1
         if anatomy.block and anatomy.block.scales_inputs:
             llama4.enrol(moe_block(module, anatomy).get_submodule("experts"), config)
@@ -108,7 +109,7 @@ def unwire(decoder: nn.Module) -> None:
         if layer.anatomy.block and layer.anatomy.block.scales_inputs:
             llama4.dismiss(moe_block(layer, layer.anatomy).get_submodule("experts"))
         layer.__class__ = type(layer).stock_class
-        del layer._connectivity, layer._anatomy, layer._is_first, layer._is_last
+        del layer._connectivity, layer._anatomy, layer._depth, layer._is_first, layer._is_last
     if isinstance(decoder, FarSkipDecoder):
         cast(Any, decoder).__class__ = type(decoder).stock_class
 

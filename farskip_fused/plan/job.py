@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from farskip_fused.connectivity import NAMES
+from farskip_fused.connectivity import MOST_DEPTH, NAMES
 from farskip_fused.errors import UsageError
 from farskip_fused.plan.clusters import Cluster, find_cluster
 from farskip_fused.plan.models import Model, find_model
@@ -20,7 +20,6 @@ TRANSPORTS = {
     "all-to-all": "whole collectives on a side stream, a row sent once for each expert (NCCL's, RCCL's all-to-all)",
     "fused": "communication issued by the expert kernels, in blocks of rows; as designed, not yet as measured",
 }
-MOST_DEPTH = 3
 # vLLM's default for gpu_memory_utilization; the rest is context, fragmentation and communication buffers.
 USABLE_MEMORY = 0.9
 # Of a parameter, float32, sharded over all GPUs (ZeRO-2): gradient, weight and two moments. The bfloat16 weights stay.

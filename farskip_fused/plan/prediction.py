@@ -162,11 +162,11 @@ def predict_once(job: Job) -> Prediction:
 
 def orders(job: Job, backward: bool) -> tuple[tuple[Action, ...], tuple[Action, ...]]:
     """The schedule's order of a layer's actions: standard, and as asked for."""
-    standard, asked = Connectivity.standard(), Connectivity.named(job.connectivity)
+    standard, asked = Connectivity.standard(), replace(Connectivity.named(job.connectivity), depth=job.depth)
     if job.reduces:
         return tensor_parallel_order(standard), tensor_parallel_order(asked)
     order = backward_order if backward else forward_order
-    return order(standard), order(asked, job.depth)
+    return order(standard), order(asked)
 
 
 def timelines(job: Job, backward: bool = False) -> dict[str, tuple[Durations, Timeline]]:

@@ -61,7 +61,7 @@ def paper() -> Callable[..., tuple[Tensor, list[Tensor]]]:
 
     def run(stock: Any, tokens: Tensor, attention: set[int], mlp: set[int]) -> tuple[Tensor, list[Tensor]]:
         layers = layers_of(stock)
-        embedding, arguments = _what_layers_receive(stock, tokens)
+        embedding, arguments = what_layers_receive(stock, tokens)
         o: dict[int, Tensor] = {-2: embedding, -1: embedding}
         attended: dict[int, Tensor] = {}
         shared: dict[int, Tensor] = {}
@@ -77,7 +77,7 @@ def paper() -> Callable[..., tuple[Tensor, list[Tensor]]]:
             if hasattr(mlp_of(layer), "experts"):
                 shared[k] = _mlp(layer, _without_routed_experts(mlp_of(layer)), mlp_input)
         states = [o[k] for k in range(len(layers))]
-        return _logits(stock, tokens, states[-1]), states
+        return logits_after(stock, tokens, states[-1]), states
 
     return run
 
@@ -108,7 +108,7 @@ def _mlp(layer: Any, block: Any, hidden_states: Tensor) -> Tensor:
     return output if shared is None else output + shared(hidden_states)
 
 
-def _what_layers_receive(stock: Any, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+def what_layers_receive(stock: Any, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
     """What goes into the first layer, and what each layer hands to its attention beside hidden states."""
     embedding: list[Tensor] = []
     seen: list[dict[str, Any]] = []
@@ -125,7 +125,7 @@ def _what_layers_receive(stock: Any, tokens: Tensor) -> tuple[Tensor, list[dict[
     return embedding[0], seen
 
 
-def _logits(stock: Any, tokens: Tensor, last: Tensor) -> Tensor:
+def logits_after(stock: Any, tokens: Tensor, last: Tensor) -> Tensor:
     """What the model makes of the output of its last layer."""
     hook = layers_of(stock)[-1].register_forward_hook(lambda *_: last)
     logits = stock(tokens, use_cache=False).logits

@@ -293,7 +293,8 @@ def test_a_download_cache_of_links_becomes_files(stock: Path, tmp_path: Path) ->
 
 
 def test_a_converted_checkpoint_can_be_converted_again(stock: Path, tmp_path: Path) -> None:
-    conversion.convert_checkpoint(stock, tmp_path / "once")
+    conversion.convert_checkpoint(stock, tmp_path / "once", ff.Connectivity.farskip(depth=2))
+    assert conversion.connectivity_of(ff.load(tmp_path / "once"))[0].depth == 2
     report = conversion.convert_checkpoint(tmp_path / "once", tmp_path / "twice", "attention_only", "first:1")
     assert (report["connectivity"], report["layers"]) == ("attention_only", [0])
     assert conversion.connectivity_of(ff.load(tmp_path / "twice"))[0] == ff.Connectivity.attention_only()

@@ -10,7 +10,7 @@ import torch
 
 import farskip_fused as ff
 from farskip_fused import conversion
-from tests.conversion.conftest import families, layers_of, mlp_of
+from tests.conversion.conftest import families, layers_of, logits_after, mlp_of, what_layers_receive
 
 PARTIAL_ATTENTION = {"farskip", "attention_only"}
 OUTDATED_MLP = {"farskip", "moe_only"}
@@ -83,12 +83,17 @@ def test_each_connectivity_differs_from_the_stock_model(connectivity: str, tiny:
 def test_standard_connectivity_is_bit_equal_to_stock(
     family: str, dtype: torch.dtype, experts: str, tiny: Any, tokens: Any
 ) -> None:
-    stock = tiny(family, dtype, experts_implementation=experts)
+    stock = copy.deepcopy(tiny(family, dtype, experts_implementation=experts))
     converted = ff.convert(copy.deepcopy(stock), "standard")
-    with torch.no_grad():
-        expected, found = stock(tokens, labels=tokens), converted(tokens, labels=tokens)
+    expected, found = stock(tokens, labels=tokens), converted(tokens, labels=tokens)
     assert (found.logits - expected.logits).abs().max() == 0.0
     assert found.loss == expected.loss
+    if family != "mixtral":  # shared experts add their share to the gradient of what they read at another point
+        return
+    expected.loss.backward()
+    found.loss.backward()
+    for (name, ours), theirs in zip(converted.named_parameters(), stock.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad), name
 
 
 def test_hidden_states_are_the_full_stream(tiny: Any, tokens: Any, paper: Any) -> None:
@@ -132,6 +137,25 @@ def test_gradients_equal_those_of_the_paper(connectivity: str, tiny: Any, tokens
     for name in names:
         expected = stock.get_parameter(name).grad
         torch.testing.assert_close(found[name].grad, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_deeper_layers_read_what_is_defined(depth: int, tiny: Any, tokens: Any) -> None:
+    stock = tiny("deepseek_v3")
+    converted = ff.convert(copy.deepcopy(stock), ff.Connectivity.farskip(depth))
+    with torch.no_grad():
+        embedding, arguments = what_layers_receive(stock, tokens)
+        early, late = embedding, []  # attention and shared experts, which everybody reads, and routed experts
+        for k, layer in enumerate(layers_of(stock)):
+            attention_input, mlp_input = (early + sum(late[: max(0, k - lacks)]) for lacks in (depth, depth - 1))
+            attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(attention_input), **arguments[k])
+            normed = layer.post_attention_layernorm(mlp_input)
+            output = layer.mlp(normed)
+            shared = layer.mlp.shared_experts(normed) if hasattr(layer.mlp, "experts") else output
+            early, late = early + attended + shared, [*late, output - shared]
+        expected = logits_after(stock, tokens, early + sum(late))
+        torch.testing.assert_close(converted(tokens, use_cache=False).logits, expected, rtol=1e-9, atol=1e-9)
+        assert (ff.convert(converted)(tokens, use_cache=False).logits - expected).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])

@@ -98,7 +98,7 @@ def test_more_depth_is_never_slower_and_does_the_same_work(problem, depth):
         return
     order = KINDS[kind][2]
     shallow, deep = (
-        simulate(order(FARSKIP, one), durations, backward=kind == "backward") for one in (depth - 1, depth)
+        simulate(order(Connectivity.farskip(one)), durations, backward=kind == "backward") for one in (depth - 1, depth)
     )
     assert deep.layer_time <= shallow.layer_time + TOLERANCE
     bound = max(compute_bound(order(FARSKIP), durations), sum(durations.transfers.values()))
@@ -107,7 +107,7 @@ def test_more_depth_is_never_slower_and_does_the_same_work(problem, depth):
     works = [
         sum(
             one.end - one.start
-            for one in simulate(order(FARSKIP, at), without, backward=kind == "backward").of(COMPUTE)
+            for one in simulate(order(Connectivity.farskip(at)), without, backward=kind == "backward").of(COMPUTE)
         )
         for at in (1, depth)
     ]
@@ -145,7 +145,7 @@ def test_depth_widens_the_window_step_by_step():
     """5 ms of attention and shared experts, 4 of experts; transfers of 4 and 4 fit only behind the experts too."""
     actions = timed(attention_projections=2.0, attention_core=2.0, shared_experts=1.0).actions
     durations = Durations(actions, {"dispatch": 4.0, "combine": 4.0})
-    times = [simulate(forward_order(FARSKIP, depth), durations).layer_time for depth in (1, 2, 3)]
+    times = [simulate(forward_order(Connectivity.farskip(depth)), durations).layer_time for depth in (1, 2, 3)]
     assert times[0] == pytest.approx(4 + 4 + 4)
     assert times[1:] == pytest.approx([9, 9])
 
@@ -153,7 +153,7 @@ def test_depth_widens_the_window_step_by_step():
 def test_a_slower_link_than_the_layer_is_the_limit_at_depth_three():
     actions = timed(attention_projections=1.0, attention_core=1.0).actions
     durations = Durations(actions, {"dispatch": 5.0, "combine": 5.0})
-    assert simulate(forward_order(FARSKIP, 3), durations).layer_time == pytest.approx(10)
+    assert simulate(forward_order(Connectivity.farskip(3)), durations).layer_time == pytest.approx(10)
 
 
 def test_the_first_gradients_of_a_backward_pass_are_exposed():
@@ -165,12 +165,11 @@ def test_the_first_gradients_of_a_backward_pass_are_exposed():
     assert timeline.makespan == pytest.approx(4 + 1 + 4 + 4)
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("connectivity", NAMES)
-def test_backward_holds_every_action_once(connectivity, depth):
-    if depth > 1 and connectivity != "farskip":
-        return
-    order = backward_order(Connectivity.named(connectivity), depth)
+@pytest.mark.parametrize(
+    "connectivity", [*map(Connectivity.named, NAMES), Connectivity.farskip(2), Connectivity.farskip(3)], ids=str
+)
+def test_backward_holds_every_action_once(connectivity):
+    order = backward_order(connectivity)
     assert sorted(action.name for action in order) == sorted(action.name for action in BACKWARD_ACTIONS)
 
 
@@ -179,7 +178,7 @@ def test_backward_holds_every_action_once(connectivity, depth):
 def test_every_wait_is_for_something_launched_before(kind, depth):
     if kind == "tensor parallel" and depth > 1:
         return
-    order = KINDS[kind][2](*([FARSKIP] if kind == "tensor parallel" else [FARSKIP, depth]))
+    order = KINDS[kind][2](Connectivity.farskip(depth))
     launched, beyond = set(), max(-action.layer for action in order)
     turns = range(12 - 1 + beyond, -1, -1) if kind == "backward" else range(12 + beyond)
     for turn, layer in enumerate(turns):
