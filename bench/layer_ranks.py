@@ -34,7 +34,7 @@ from farskip_fused.bench.layer_ways import (
 )
 from farskip_fused.bench.rounds import align, in_round
 from farskip_fused.bench.shapes import Shape, random_routing
-from farskip_fused.connectivity import Connectivity, Streams, advance
+from farskip_fused.connectivity import Streams
 from farskip_fused.exchange_setup import ExchangeOptions
 from farskip_fused.expert_parallel import Pending
 from farskip_fused.layer import OverlappedLayer
@@ -159,7 +159,7 @@ class Stack:
         for name, layers in self.layers.items():
             layers.append(
                 OverlappedLayer(
-                    attention, cast(MeasuredMoE, NoMoE()) if name == "window" else moe, **norms,
+                    attention, cast(MeasuredMoE, NoMoE(moe.slot_shape)) if name == "window" else moe, **norms,
                     shared_experts=shared_experts, connectivity="standard" if name == "standard" else "farskip",
                 )
             )  # fmt: skip
@@ -244,7 +244,7 @@ class Stack:
                 moe.way = self.ways[rounds]
             with torch.enable_grad():
                 embedding = self.embedding.detach().requires_grad_()
-                expected = self._run_definition(embedding, Connectivity.named(connectivity), layers)
+                expected = self._run_definition(embedding, connectivity, layers)
                 inputs = [embedding, *self._weights(connectivity, layers)]
                 expected_gradients = torch.autograd.grad(expected, inputs, self.gradient)
             self.memory.synchronize()
@@ -252,19 +252,10 @@ class Stack:
         # What is no number counts as largest.
         return float(torch.tensor([off, relative_difference(gradients, expected_gradients)]).max())
 
-    def _run_definition(self, embedding: Tensor, connectivity: Connectivity, layers: int) -> Tensor:
-        streams = Streams(embedding, embedding)
-        for layer in self.layers["farskip"][:layers]:
-
-            def attention(stream: Tensor, layer: Any = layer) -> Tensor:
-                return layer.attention.attend(layer.attention.project(layer.attention_norm(stream)))
-
-            def mlp(stream: Tensor, layer: Any = layer) -> tuple[Tensor | None, Tensor]:
-                normed = layer.moe_norm(stream)
-                routed = layer.moe(normed)
-                return None if layer.shared_experts is None else layer.shared_experts(normed), routed
-
-            streams = advance(streams, connectivity, attention, mlp)
+    def _run_definition(self, embedding: Tensor, connectivity: str, layers: int) -> Tensor:
+        streams = Streams.before_layers(embedding)
+        for layer in self.layers[connectivity][:layers]:
+            streams = layer.reference(streams)
         return streams.full
 
     def time(self, direction: str, iterations: int) -> dict[str, dict[int, list[float]]]:

@@ -171,6 +171,9 @@ class _ArrivedFlight(Flight):
     """Nothing leaves: rows and routing of all ranks have been in the slots since ``ArrivedMemory.fill``."""
 
     def send(self, hidden_states: Tensor, top_k_weights: Tensor) -> None:
+        self.held = False
+        self.ticket, self.round = self.exchange.open_round()
+        self.gradient_ticket, self.gradient_round = self.ticket, self.round
         self._raise_row_flags(self.round)
 
     def send_gradient(self, gradient: Tensor, hidden_states: Tensor | None) -> None:
@@ -286,7 +289,7 @@ class MeasuredMoE(FusedMoE):
     def use_routing(self, ids: Tensor) -> None:
         self.gate = FixedIds(self.gate, ids)  # type: ignore[assignment]
 
-    def dispatch(self, *routed: Tensor) -> Any:  # type: ignore[override]
+    def dispatch(self, *routed: Tensor, hold: bool = False) -> Any:  # type: ignore[override]
         return self.way.start(*routed, self.w13, self.w2)
 
     def share_setup(self, other: MeasuredMoE) -> None:
@@ -330,5 +333,11 @@ class FixedIds(torch.nn.Module):
 class NoMoE(torch.nn.Module):
     """In the place of gate and routed experts."""
 
-    def start(self, hidden_states: Tensor) -> Finished:
+    is_alone = True
+
+    def __init__(self, slot_shape: SlotShape) -> None:
+        super().__init__()
+        self.slot_shape = slot_shape
+
+    def start(self, hidden_states: Tensor, *, hold: bool = False) -> Finished:
         return Finished(hidden_states)

@@ -231,9 +231,7 @@ class _Experts(torch.autograd.Function):
         if exchange.presummed:
             turns = combine.find_turns(round_, received.experts, exchange.num_local_experts)
         dispatch.release(round_)
-        combine.wait_to_send(round_)
-        _return(exchange, round_, activated, where, w2, 1, received.weights, turns)
-        combine.announce_sent(round_)
+        _return(flight, round_, activated, where, w2, 1, received.weights, turns)
         if is_recomputing():
             # Recomputation stops at the last tensor that somebody saved, perhaps before this round's finish(), and in
             # an overlapped stack finish() belongs to the next layer: nobody else would end the round.
@@ -263,10 +261,7 @@ class _Experts(torch.autograd.Function):
         dispatch.poison_if_failed(round_.context, gate_up_gradient, weighted_activation)
         token_gradient = None
         if ctx.needs_input_grad[0]:
-            combine.wait_to_send(round_)
-            combine.push_weight_gradients(round_, weight_parts, where.places)
-            _return(exchange, round_, gate_up_gradient, where, saved.w13, 2, None, saved.turns)
-            combine.announce_sent(round_)
+            _return(flight, round_, gate_up_gradient, where, saved.w13, 2, None, saved.turns, weight_parts)
             token_gradient = torch.zeros(1, device=saved.w13.device)
         else:
             # Nobody waits for these gradients: neither the input nor the router needs one, on any rank.
@@ -290,16 +285,31 @@ class _Experts(torch.autograd.Function):
 
 
 def _return(
-    exchange: Exchange, round_: Round, inputs: Tensor, where: Layout, weight: Tensor, column_dim: int,
-    weights: Tensor | None, turns: Tensor,
+    flight: Flight, round_: Round, inputs: Tensor, where: Layout, weight: Tensor, column_dim: int,
+    weights: Tensor | None, turns: Tensor, weight_parts: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Multiply sorted inputs by each expert's matrix and bring the rows, or their sums, to the owners of the tokens."""
-    programs = exchange.gemm_programs
-    if exchange.presummed:
-        values = experts.project(inputs, where, weight, column_dim, programs=programs)
-        combine.push_sums(round_, values, where.places, weights, turns, exchange.top_k)
-    else:
+    """Multiply sorted inputs by each expert's matrix and bring the rows to the owners of the tokens: each as soon as it
+    is computed or, summed, behind the product on the communication stream, where they hide behind what comes next.
+
+    weight_parts: of the router weights' gradients, which travel along.
+    """
+    exchange, programs = flight.exchange, flight.exchange.gemm_programs
+    if not exchange.presummed:
+        combine.wait_to_send(round_)
+        if weight_parts is not None:
+            combine.push_weight_gradients(round_, weight_parts, where.places)
         project_to_owner(round_, inputs, where, exchange.top_k, weight, column_dim, programs)
+        combine.announce_sent(round_)
+        return
+    values = experts.project(inputs, where, weight, column_dim, programs=programs)
+    with exchange.beside():
+        combine.wait_to_send(round_)
+        if weight_parts is not None:
+            combine.push_weight_gradients(round_, weight_parts, where.places)
+        combine.push_sums(round_, values, where.places, weights, turns, exchange.top_k)
+        combine.announce_sent(round_)
+    read = (values, where.places, weights, turns, weight_parts)
+    flight.leaving, flight.mark = tuple(each for each in read if each is not None), exchange.mark()
 
 
 class Combine(torch.autograd.Function):
