@@ -273,7 +273,7 @@ class _Layer:
         return result
 
     def _down(self, round_: Round) -> None:
-        experts.project(self.activated, self.where, self.inputs.w2, 1, programs=self.exchange.gemm_programs)
+        experts.project(self.activated, self.where, self.inputs.w2, 1, programs=self.all_programs)
 
     def _down_then_combine(self, round_: Round) -> None:
         self._push_sums(round_, self.activated, self.inputs.w2, 1, self.received.weights)
@@ -290,8 +290,7 @@ class _Layer:
 
     def _down_to_owners(self, round_: Round) -> None:
         combine.wait_to_send(round_)
-        programs = self.exchange.gemm_programs
-        project_to_owner(round_, self.activated, self.where, self.top_k, self.inputs.w2, 1, programs)
+        project_to_owner(round_, self.activated, self.where, self.top_k, self.inputs.w2, 1, self.all_programs)
         combine.announce_sent(round_)
         self._combine_wait(round_, self.inputs.weights)
 
@@ -362,8 +361,8 @@ class _Layer:
         )
 
     def _backward_gemms(self, round_: Round) -> None:
-        programs = self.exchange.gemm_programs
-        gate_up_gradient, activation, _ = self._down_gradient(round_, programs)
+        gate_up_gradient, activation, _ = self._down_gradient(round_, self.exchange.gemm_programs)
+        programs = self.all_programs
         experts.project(gate_up_gradient, self.where, self.inputs.w13, 2, programs=programs)
         self._weight_gradients(round_, gate_up_gradient, activation, programs)
 

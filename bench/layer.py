@@ -37,6 +37,7 @@ NETWORKS = {"ib400": 50.0, "ib200": 25.0}  # GB/s of a GPU in one direction; the
 LONGEST_SEQUENCE = 4096
 LARGEST_DIFFERENCE = 0.02  # of results and gradients; bfloat16 sums that are rounded once more differ by 0.003
 LIMIT = 400.0
+SLOW_LINK = 200.0  # GB/s of a GPU: over slower ones a rank sums a token's rows before they travel
 
 
 def parse_link(text: str) -> tuple[float | None, bool]:
@@ -83,8 +84,8 @@ def run(
         if count % min(count, LONGEST_SEQUENCE):
             raise UsageError(f"--tokens {count}: more than {LONGEST_SEQUENCE} must be sequences of {LONGEST_SEQUENCE}.")
     cases = [
-        (name, world, link, Case(SHAPES[name], count, min(count, LONGEST_SEQUENCE), share, layers))
-        for world in ranks for link in rates for name in shapes for count in tokens for share in sms
+        (name, world, link, Case(SHAPES[name], count, min(count, LONGEST_SEQUENCE), share, layers, _combine(*rate)))
+        for world in ranks for link, rate in rates.items() for name in shapes for count in tokens for share in sms
     ]  # fmt: skip
     if trace is not None:
         checked_path(trace, ".json")
@@ -137,6 +138,11 @@ def run(
     return report
 
 
+def _combine(rate: float | None, by_put: bool) -> str:
+    """The form of combine that suits the link."""
+    return "presummed" if by_put or (rate is not None and rate < SLOW_LINK) else "direct"
+
+
 def summary(
     name: str, case: Case, link: str, link_rate: int | None, measured: Sequence[Measured]
 ) -> list[dict[str, Any]]:
@@ -156,7 +162,7 @@ def summary(
             "shape": name, "ranks": len(measured), "tokens": case.tokens, "link": link,
             "link_gigabytes_per_second": None if link_rate is None else link_rate * 1e-3, "direction": direction,
             "layers": case.layers, "attention": measured[0].attention,
-            "comm_sms": measured[0].comm_sms, "gemm_sms": measured[0].gemm_sms,
+            "fused_combine": case.combine, "comm_sms": measured[0].comm_sms, "gemm_sms": measured[0].gemm_sms,
             **{f"{way}_ms": timing.ms for way, timing in times.items()},
             **{f"{way}_spread_ms": timing.spread_ms for way, timing in times.items()},
             "fits": ms["collectives"] <= ms["window"],

@@ -57,13 +57,15 @@ class LayerShape(NamedTuple):
 @dataclass(frozen=True)
 class Case:
     """tokens: of every rank, in sequences of ``length``. sms: multiprocessors a rank that communication takes beside
-    computation; None for the package's share. layers: of the stack."""
+    computation; None for the package's share. layers: of the stack. combine: form of the fused way's, see
+    ``ExchangeOptions``."""
 
     shape: LayerShape
     tokens: int
     length: int
     sms: int | None
     layers: int
+    combine: str = "direct"
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,8 @@ class Stack:
         pairs = max(int((self.owners == rank).sum()) for rank in range(memory.world))
         moe = MeasuredMoE(
             *shape, ep=memory, max_tokens=case.tokens, dtype=self.options["dtype"],
-            exchange=ExchangeOptions(num_comm_sms=case.sms, max_pairs=pairs), normalize_top_k=normalise,
+            exchange=ExchangeOptions(num_comm_sms=case.sms, max_pairs=pairs, combine=case.combine),
+            normalize_top_k=normalise,
         )  # fmt: skip
         with torch.no_grad():
             for weight in (moe.w13, moe.w2, moe.gate.weight):

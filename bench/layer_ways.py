@@ -39,10 +39,12 @@ RAISED = 2**62  # a flag of every epoch
 
 @dataclass(frozen=True)
 class WholeExchange(Exchange):
-    """Of ways that wait for whole collectives. all_programs: of GEMMs beside which nothing travels. blocking: whether
-    nothing ever travels beside a GEMM."""
+    """Of ways that wait for whole collectives.
 
-    all_programs: int = 1
+    everything: programs of GEMMs beside which nothing travels. blocking: whether nothing ever travels beside a GEMM.
+    """
+
+    everything: int = 1
     blocking: bool = False
 
 
@@ -51,7 +53,7 @@ def whole_exchange(exchange: Exchange, blocking: bool) -> WholeExchange:
     values = {field.name: getattr(exchange, field.name) for field in fields(Exchange)}
     everything = exchange.programs + exchange.gemm_programs
     share = {"programs": everything, "gemm_programs": everything} if blocking else {}
-    return WholeExchange(**{**values, **share, "presummed": True}, all_programs=everything, blocking=blocking)
+    return WholeExchange(**{**values, **share, "presummed": True}, everything=everything, blocking=blocking)
 
 
 class WholeExperts(torch.autograd.Function):
@@ -61,7 +63,7 @@ class WholeExperts(torch.autograd.Function):
     def forward(ctx: Any, token: Tensor, w13: Tensor, w2: Tensor, flight: Flight) -> Tensor:
         exchange, round_ = flight.exchange, flight.round
         assert isinstance(exchange, WholeExchange)
-        programs = exchange.all_programs
+        programs = exchange.everything
         received, where = flight.receive()
         flight.landed()
         dispatch.wait_rows(round_)
@@ -89,7 +91,7 @@ class WholeExperts(torch.autograd.Function):
         exchange, round_ = flight.exchange, flight.gradient_round
         assert isinstance(exchange, WholeExchange)
         weights, *layout, turns, rows, gate_up, w13, w2 = ctx.saved_tensors
-        where, top_k, programs = Layout._make([*layout, ctx.tile_rows]), exchange.top_k, exchange.all_programs
+        where, top_k, programs = Layout._make([*layout, ctx.tile_rows]), exchange.top_k, exchange.everything
         flight.landed()
         dispatch.wait_rows(round_)
         slot = SlotRows(round_, arrived=True)

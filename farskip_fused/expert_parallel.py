@@ -36,8 +36,9 @@ class Exchange:
 
     tile_rows: rows of a GEMM's tile, for any number of tokens: loading another variant of a kernel while one waits for
     a peer would deadlock. capacity: entries that a rank's experts take. programs: multiprocessors that communication
-    may take; gemm_programs: those that are left. keep_received: backward finds the rows where forward copied them,
-    instead of having them dispatched again. presummed: see ``kernels/combine.py``. fp8: rows travel as e4m3.
+    may take; gemm_programs: those that are left to GEMMs beside it. keep_received: backward finds the rows where
+    forward copied them, instead of having them dispatched again. presummed: see ``kernels/combine.py``. fp8: rows
+    travel as e4m3.
     """
 
     slots: Slots
@@ -55,6 +56,11 @@ class Exchange:
         ticket, memory = self.slots.open_round(), self.slots.memory
         paced = memory.link_rate is not None
         return ticket, Round(self.slots.context, ticket.words, memory.world, self.programs, paced, memory.puts)
+
+    @property
+    def all_programs(self) -> int:
+        """Of GEMMs beside which nothing travels."""
+        return self.programs + self.gemm_programs
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -135,6 +141,11 @@ class Flight:
             dispatch.keep_rows(self.round, received.experts, kept, fp8=exchange.fp8)
         self.mark = exchange.mark()
         return kept
+
+    def programs_once_landed(self, ticket: Ticket) -> int:
+        """Programs of a GEMM of that round after ``landed``: all, unless a later round may be travelling."""
+        exchange = self.exchange
+        return exchange.all_programs if exchange.slots.is_newest(ticket) else exchange.gemm_programs
 
     def landed(self) -> None:
         """Let this stream wait until what leaves this rank has left and what it copies has been copied."""
@@ -263,6 +274,8 @@ class _Experts(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             _return(flight, round_, gate_up_gradient, where, saved.w13, 2, None, saved.turns, weight_parts)
             token_gradient = torch.zeros(1, device=saved.w13.device)
+            if not exchange.presummed:
+                programs = flight.programs_once_landed(flight.gradient_ticket)
         else:
             # Nobody waits for these gradients: neither the input nor the router needs one, on any rank.
             combine.release(round_)
@@ -293,7 +306,8 @@ def _return(
 
     weight_parts: of the router weights' gradients, which travel along.
     """
-    exchange, programs = flight.exchange, flight.exchange.gemm_programs
+    exchange, ticket = flight.exchange, flight.ticket if round_ is flight.round else flight.gradient_ticket
+    programs = flight.programs_once_landed(ticket)
     if not exchange.presummed:
         combine.wait_to_send(round_)
         if weight_parts is not None:

@@ -42,6 +42,10 @@ from .protocol import (
 )
 
 _SET = tl.constexpr(9)  # NVSHMEM_SIGNAL_SET
+# A put holds up its warps until the data has left this rank's memory or, where peers share NVLink, has arrived. So a
+# multiprocessor has several in flight: of rows by four warps each, of single words by one.
+ROW_WARPS, ROWS_OF_PROGRAM = 4, 4
+WORDS_OF_PROGRAM = 16
 
 if INTERPRETED:
 
@@ -217,23 +221,23 @@ def put_rows(
 ) -> None:  # fmt: skip
     """Put this rank's rows, as its own slot has them: ``nbytes`` each, ``stride`` apart, and their scales."""
     top_k = experts.shape[1]
-    _put_rows[(round_.programs,)](
+    _put_rows[(round_.programs * ROWS_OF_PROGRAM,)](
         round_.context, round_.ticket, experts, order, entries,
         STRIDE=stride, NBYTES=nbytes, SCALE_BYTES=scale_bytes, TOP_K=top_k, TOP_K_PADDED=padded(top_k),
-        NUM_LOCAL_EXPERTS=num_local_experts, PLANE=plane, PACED=round_.paced, **_launch(round_),
+        NUM_LOCAL_EXPERTS=num_local_experts, PLANE=plane, PACED=round_.paced, num_warps=ROW_WARPS, **_launch(round_),
     )  # fmt: skip
 
 
 def put_sums(round_: Round, turns: Tensor, top_k: int, nbytes: int) -> None:
     """Put the staged sums of ``combine.push_sums``, rows of ``nbytes``."""
-    _put_sums[(round_.programs,)](
+    _put_sums[(round_.programs * ROWS_OF_PROGRAM,)](
         round_.context, round_.ticket, turns, turns.numel(), NBYTES=nbytes, TOP_K=top_k, PACED=round_.paced,
-        **_launch(round_),
+        num_warps=ROW_WARPS, **_launch(round_),
     )  # fmt: skip
 
 
 def put_scalars(round_: Round, places: Tensor) -> None:
     """Put the staged gradients of ``combine.push_weight_gradients``."""
-    _put_scalars[(round_.programs,)](
-        round_.context, round_.ticket, places, places.numel(), TOP_K=places.shape[1], **_launch(round_)
+    _put_scalars[(round_.programs * WORDS_OF_PROGRAM,)](
+        round_.context, round_.ticket, places, places.numel(), TOP_K=places.shape[1], num_warps=1, **_launch(round_)
     )

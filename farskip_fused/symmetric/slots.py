@@ -130,6 +130,10 @@ class Slots:
         protocol.open_round(self.context, words)
         return Ticket(number, words)
 
+    def is_newest(self, ticket: Ticket) -> bool:
+        """Whether no round has been opened after it."""
+        return ticket.number == self._opened
+
     def close_round(self, ticket: Ticket) -> None:
         self.open_rounds.remove(ticket.number)
 
