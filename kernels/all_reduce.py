@@ -56,7 +56,6 @@ WARPS = 16
 COPIED_AT_ONCE = 4096 if INTERPRETED else 64 * 1024 // UNIT_BYTES
 SUMMED_AT_ONCE = 1024
 SOURCES_AT_ONCE = 4
-TAKEN_AT_ONCE = 2048
 # Below so many units for each, fewer programs share the work.
 UNITS_OF_PROGRAM = 16 if INTERPRETED else 1024
 FEWEST_LANES = 32
@@ -258,7 +257,7 @@ def _start_reduce(
 def _finish_reduce(
     context, ticket, residual, result, tokens, source_units,
     HIDDEN: tl.constexpr, UNIT: tl.constexpr, TWO_SHOT: tl.constexpr, FLAGS_OF_RANK: tl.constexpr,
-    LANES: tl.constexpr, TAKEN: tl.constexpr, SOURCES: tl.constexpr,
+    LANES: tl.constexpr, SUMMED: tl.constexpr, SOURCES: tl.constexpr,
 ):  # fmt: skip
     """Take the sums out of the slot, or sum what is in it, and release it. Several programs may share a flag."""
     program, piece = tl.program_id(0), tl.program_id(1)
@@ -280,8 +279,8 @@ def _finish_reduce(
     for owner in range(0, world if TWO_SHOT else 1):
         before = owner * part
         last = tl.minimum(end, units - before)
-        for start in range(first, last, TAKEN):
-            unit = start + tl.arange(0, TAKEN)
+        for start in range(first, last, SUMMED):
+            unit = start + tl.arange(0, SUMMED)
             mask = (unit < last)[:, None]
             at = _elements(before + unit, UNIT)
             if TWO_SHOT:
@@ -302,7 +301,8 @@ def _finish_reduce(
 def _constants(round_: ReduceRound, hidden: int, itemsize: int, two_shot: bool) -> dict[str, int | bool]:
     return {
         "HIDDEN": hidden, "UNIT": unit_of(hidden, itemsize), "TWO_SHOT": two_shot, "FLAGS_OF_RANK": round_.programs,
-        "LANES": max(padded(round_.world), FEWEST_LANES), "SOURCES": SOURCES_AT_ONCE, "num_warps": WARPS,
+        "LANES": max(padded(round_.world), FEWEST_LANES), "SUMMED": SUMMED_AT_ONCE, "SOURCES": SOURCES_AT_ONCE,
+        "num_warps": WARPS,
     }  # fmt: skip
 
 
@@ -321,7 +321,7 @@ def start(round_: ReduceRound, rows: Tensor, two_shot: bool) -> None:
     _start_reduce[(_programs(round_, rows, two_shot),)](
         round_.context, round_.ticket, rows, rows.shape[0], round_.source_units,
         **_constants(round_, rows.shape[1], rows.itemsize, two_shot),
-        PACED=round_.paced, COPIED=COPIED_AT_ONCE, SUMMED=SUMMED_AT_ONCE,
+        PACED=round_.paced, COPIED=COPIED_AT_ONCE,
     )  # fmt: skip
 
 
@@ -333,11 +333,10 @@ def finish(round_: ReduceRound, rows: Tensor, residual: Tensor | None, two_shot:
     """
     result = torch.empty_like(rows)
     programs = _programs(round_, rows, two_shot)
-    at_once = TAKEN_AT_ONCE if two_shot else SUMMED_AT_ONCE
     units = rows.numel() // unit_of(rows.shape[1], rows.itemsize)
-    pieces = min(max(triton.cdiv(units, programs * at_once), 1), max(round_.finish_programs // programs, 1))
+    pieces = min(max(triton.cdiv(units, programs * SUMMED_AT_ONCE), 1), max(round_.finish_programs // programs, 1))
     _finish_reduce[(programs, pieces)](
         round_.context, round_.ticket, residual, result, rows.shape[0], round_.source_units,
-        **_constants(round_, rows.shape[1], rows.itemsize, two_shot), TAKEN=at_once,
+        **_constants(round_, rows.shape[1], rows.itemsize, two_shot),
     )  # fmt: skip
     return result
