@@ -8,6 +8,7 @@ Flags are epochs, only ever grow, and lie in the memory of the rank that waits f
 - ``arrival[slot, source]`` at the reader: the source has written all its data of that epoch;
 - ``credit[slot, reader]`` at the writer: the reader has read all data of that epoch, its slot may be written again;
 - ``row_arrival[slot, source, token]`` at the reader: this row has been written, for GEMMs that start before the rest.
+An all-reduce has such flags too, its arrivals one for each program: all_reduce.py.
 A writer of epoch ``e`` waits for the credit of epoch ``e - depth``, which is at or below zero for the first rounds.
 
 Memory order: a flag is raised by an exchange with release semantics at system scope. It covers what its own program

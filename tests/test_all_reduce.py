@@ -74,20 +74,22 @@ def sum_under_skew(memory, rounds, max_tokens, hidden, dtype, worst_delay):
 @pytest.mark.parametrize("device", RUNGS)
 @pytest.mark.parametrize(
     ("world", "hidden", "dtype"),
-    [(2, 33, torch.float16), (4, 48, torch.float32), (3, 48, torch.bfloat16)],
-    ids=["2 ranks, odd rows", "4 ranks", "3 ranks"],
+    [(2, 33, torch.float16), (3, 48, torch.bfloat16)],
+    ids=["2 ranks, odd rows", "3 ranks"],
 )
 def test_every_rank_gets_the_bits_of_the_definition_under_skew(device, world, hidden, dtype):
     if device == "cpu":
-        run_ranks(sum_under_skew, world, 12, 21, hidden, dtype, 0.05)
+        run_ranks(sum_under_skew, world, 8, 21, hidden, dtype, 0.05)
     else:
         run_ranks(sum_under_skew, world, 400, 500, hidden, dtype, 0.002, device=device, wait_timeout=30.0)
 
 
 @pytest.mark.parametrize("device", GPU_RUNGS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_messages_of_many_programs_are_summed(device, dtype):
-    run_ranks(sum_under_skew, 2, 60, 4096, 2048, dtype, 0.002, device=device, wait_timeout=30.0)
+@pytest.mark.parametrize(
+    ("world", "dtype"), [(2, torch.float32), (2, torch.float16), (2, torch.bfloat16), (4, torch.bfloat16)], ids=str
+)
+def test_messages_of_many_programs_are_summed(device, world, dtype):
+    run_ranks(sum_under_skew, world, 60, 4096, 2048, dtype, 0.002, device=device, wait_timeout=30.0)
 
 
 def replay(memory, replays, tokens, hidden, one_shot_bytes):
