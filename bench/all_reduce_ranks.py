@@ -65,7 +65,9 @@ def measure(memory: SymmetricMemory, cases: list[Case], iterations: int) -> list
     found = []
     for case in cases:
         addends = torch.empty(case.tokens, case.hidden, dtype=dtype_on(memory.device), device=memory.device)
-        forms = {form: (made[case.hidden, case.sms, form], addends) for form in FORMS if case.has(form)}
+        forms: dict[str, Form] = {
+            form: (made[case.hidden, case.sms, form], addends) for form in FORMS if case.has(form)
+        }
         found.append(_measure(memory.device, iterations, forms))
     return found
 

@@ -188,14 +188,11 @@ def test_ranks_that_disagree_are_told(device):
         assert "max_tokens=8" in of_sizes and "max_tokens=16" in of_sizes
 
 
-def refuse_puts(memory):
+def test_peers_that_stores_do_not_reach_are_refused():
+    memory = ff.init(device=DEVICE)
+    memory.by_put = True
     with pytest.raises(ff.UsageError, match="reached by puts only"):
         ff.AllReduce(memory, max_tokens=4, hidden_size=4)
-
-
-@pytest.mark.rung2
-def test_peers_that_stores_do_not_reach_are_refused():
-    run_ranks(refuse_puts, 2, by_put=True)
 
 
 @pytest.fixture
