@@ -48,14 +48,15 @@ from .protocol import (
     own_region,
     pace,
     row_pointers,
+    slot_of,
 )
 
 UNIT_BYTES = 16  # of a load, where rows divide into those
 WARPS = 16
-# Units that a program has in flight: 64 KB of a copy; of a sum 16 KB from each of several sources.
-COPIED_AT_ONCE = 4096 if INTERPRETED else 64 * 1024 // UNIT_BYTES
-SUMMED_AT_ONCE = 1024
-SOURCES_AT_ONCE = 4
+# Units that a program has in flight: 64 KB of a copy; of a sum as much from so many sources at once.
+COPIED_AT_ONCE = 64 * 1024 // UNIT_BYTES
+SUMMED_IN_START = {"SUMMED": 2048, "SOURCES": 2}  # by few programs
+SUMMED_IN_FINISH = {"SUMMED": 1024, "SOURCES": 4}
 # Below so many units for each, fewer programs share the work.
 UNITS_OF_PROGRAM = 16 if INTERPRETED else 1024
 FEWEST_LANES = 32
@@ -104,11 +105,11 @@ def _share(first, end, program, programs):
 
 @triton.jit
 def _raise_flags(
-    context, epoch, FLAGS: tl.constexpr, program, FLAGS_OF_RANK: tl.constexpr, LANES: tl.constexpr
+    context, epoch, slot, FLAGS: tl.constexpr, program, FLAGS_OF_RANK: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
     """Raise this rank's flag of a program at every rank: what the program has done before is visible to who sees it."""
     peer = tl.arange(0, LANES)
-    world, slot = tl.load(context + WORLD), epoch % tl.load(context + DEPTH)
+    world = tl.load(context + WORLD)
     index = (slot * world + tl.load(context + RANK)) * FLAGS_OF_RANK + program
     there = tl.load(context + PEERS + peer, mask=peer < world, other=0) + tl.load(context + FLAGS) + index * 8
     value = tl.zeros((LANES,), tl.int64) + epoch
@@ -118,11 +119,11 @@ def _raise_flags(
 
 @triton.jit
 def _await_flags(
-    context, epoch, expected, FLAGS: tl.constexpr, program, FLAGS_OF_RANK: tl.constexpr, LANES: tl.constexpr
+    context, epoch, slot, expected, FLAGS: tl.constexpr, program, FLAGS_OF_RANK: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
     """Wait until every rank has raised its flag of a program to ``expected``, or report the first that has not."""
     peer = tl.arange(0, LANES)
-    world, slot = tl.load(context + WORLD), epoch % tl.load(context + DEPTH)
+    world = tl.load(context + WORLD)
     flags = own_region(context, FLAGS, tl.int64) + (slot * world + peer) * FLAGS_OF_RANK + program
     if is_alive(context):
         timeout = tl.load(context + TIMEOUT_NANOSECONDS)
@@ -143,10 +144,10 @@ def _await_flags(
 
 
 @triton.jit
-def _compare_tokens(context, epoch, tokens, LANES: tl.constexpr):
+def _compare_tokens(context, epoch, slot, tokens, LANES: tl.constexpr):
     """Fail the context if a rank has given another number of tokens; its flag of program 0 has been awaited."""
     peer = tl.arange(0, LANES)
-    world, slot = tl.load(context + WORLD), epoch % tl.load(context + DEPTH)
+    world = tl.load(context + WORLD)
     counts = tl.load(own_region(context, REDUCE_COUNTS, tl.int64) + slot * world + peer, mask=peer < world, other=0)
     differs = (peer < world) & (counts != tokens)
     if is_alive(context) & (tl.max(differs.to(tl.int32)) > 0):
@@ -158,11 +159,11 @@ def _compare_tokens(context, epoch, tokens, LANES: tl.constexpr):
 
 @triton.jit
 def _sum_sources(
-    context, epoch, source_units, unit, last, UNIT: tl.constexpr, DTYPE: tl.constexpr, AT_ONCE: tl.constexpr
+    context, slot, source_units, unit, last, UNIT: tl.constexpr, DTYPE: tl.constexpr, AT_ONCE: tl.constexpr
 ):  # fmt: skip
     """float32 sums [BLOCK, UNIT] of what all ranks have stored here for units below ``last``, rank 0 first."""
-    world, rank = tl.load(context + WORLD), tl.load(context + RANK)
-    first_source = epoch % tl.load(context + DEPTH) * world
+    world, rank = tl.load(context + WORLD).to(tl.int32), tl.load(context + RANK)
+    first_source = slot * world
     total = tl.zeros((unit.shape[0], UNIT), tl.float32)
     for start in range(0, world, AT_ONCE):
         loaded = ()
@@ -184,18 +185,18 @@ def _start_reduce(
 ):  # fmt: skip
     """Store this rank's rows where they are summed; in two shots also sum what is this rank's, and store the sums."""
     program = tl.program_id(0)
-    world, rank = tl.load(context + WORLD), tl.load(context + RANK)
+    world, rank = tl.load(context + WORLD).to(tl.int32), tl.load(context + RANK).to(tl.int32)
     depth = tl.load(context + DEPTH)
     # The last program to end makes it the context's epoch.
     epoch = tl.load(context + EPOCH) + 1
     slot = epoch % depth
     element: tl.constexpr = values.dtype.element_ty
     UNIT_SIZE: tl.constexpr = UNIT * element.primitive_bitwidth // 8
-    units = tokens.to(tl.int64) * (HIDDEN // UNIT)
+    units = tokens * (HIDDEN // UNIT)
     part = tl.cdiv(units, world) if TWO_SHOT else units
     first, end = _share(0, part, program, tl.num_programs(0))
     own_source = (slot * world + rank) * source_units
-    _await_flags(context, epoch, epoch - depth, REDUCE_CREDIT, 0, 1, LANES)
+    _await_flags(context, epoch, slot, epoch - depth, REDUCE_CREDIT, 0, 1, LANES)
     if is_alive(context):
         if program == 0:
             peer = tl.arange(0, LANES)
@@ -214,7 +215,7 @@ def _start_reduce(
                     loaded = tl.load(values + _elements(before + unit, UNIT), mask=mask)
                     tl.store(_units_at(context, owner, REDUCE_ROWS, own_source + unit, UNIT, element), loaded, mask)
                 if PACED:
-                    pace(context, tl.maximum(last - first, 0) * UNIT_SIZE * (owner != rank).to(tl.int64))
+                    pace(context, tl.maximum(last - first, 0).to(tl.int64) * UNIT_SIZE * (owner != rank).to(tl.int64))
         else:
             for start in range(first, end, COPIED):
                 unit = start + tl.arange(0, COPIED)
@@ -224,12 +225,12 @@ def _start_reduce(
                     owner = (rank + turn) % world
                     tl.store(_units_at(context, owner, REDUCE_ROWS, own_source + unit, UNIT, element), loaded, mask)
             if PACED:
-                pace(context, tl.maximum(end - first, 0) * UNIT_SIZE * (world - 1))
-        _raise_flags(context, epoch, REDUCE_ARRIVAL, program, FLAGS_OF_RANK, LANES)
+                pace(context, tl.maximum(end - first, 0).to(tl.int64) * UNIT_SIZE * (world - 1))
+        _raise_flags(context, epoch, slot, REDUCE_ARRIVAL, program, FLAGS_OF_RANK, LANES)
     if TWO_SHOT:
-        _await_flags(context, epoch, epoch, REDUCE_ARRIVAL, program, FLAGS_OF_RANK, LANES)
+        _await_flags(context, epoch, slot, epoch, REDUCE_ARRIVAL, program, FLAGS_OF_RANK, LANES)
         if program == 0:
-            _compare_tokens(context, epoch, tokens, LANES)
+            _compare_tokens(context, epoch, slot, tokens, LANES)
         if is_alive(context):
             before = rank * part
             last = tl.minimum(end, units - before)
@@ -237,13 +238,13 @@ def _start_reduce(
             for start in range(first, last, SUMMED):
                 unit = start + tl.arange(0, SUMMED)
                 mask = (unit < last)[:, None]
-                total = _sum_sources(context, epoch, source_units, unit, last, UNIT, element, SOURCES).to(element)
+                total = _sum_sources(context, slot, source_units, unit, last, UNIT, element, SOURCES).to(element)
                 for turn in range(1, world + 1):
                     reader = (rank + turn) % world
                     tl.store(_units_at(context, reader, REDUCE_SUMS, sums + unit, UNIT, element), total, mask)
             if PACED:
-                pace(context, tl.maximum(last - first, 0) * UNIT_SIZE * (world - 1))
-            _raise_flags(context, epoch, GATHER_ARRIVAL, program, FLAGS_OF_RANK, LANES)
+                pace(context, tl.maximum(last - first, 0).to(tl.int64) * UNIT_SIZE * (world - 1))
+            _raise_flags(context, epoch, slot, GATHER_ARRIVAL, program, FLAGS_OF_RANK, LANES)
     tl.debug_barrier()
     ended = tl.atomic_add(context + PUSHED, tl.full((), 1, tl.int64), sem="acq_rel", scope="gpu")
     if ended == tl.num_programs(0) - 1:
@@ -261,21 +262,22 @@ def _finish_reduce(
 ):  # fmt: skip
     """Take the sums out of the slot, or sum what is in it, and release it. Several programs may share a flag."""
     program, piece = tl.program_id(0), tl.program_id(1)
-    world, rank = tl.load(context + WORLD), tl.load(context + RANK)
+    world, rank = tl.load(context + WORLD).to(tl.int32), tl.load(context + RANK).to(tl.int32)
     epoch = tl.load(ticket + TICKET_EPOCH)
+    slot = slot_of(context, ticket)
     element: tl.constexpr = result.dtype.element_ty
-    units = tokens.to(tl.int64) * (HIDDEN // UNIT)
+    units = tokens * (HIDDEN // UNIT)
     part = tl.cdiv(units, world) if TWO_SHOT else units
     first, end = _share(0, part, program, tl.num_programs(0))
     first, end = _share(first, tl.maximum(first, end), piece, tl.num_programs(1))
     if TWO_SHOT:
-        _await_flags(context, epoch, epoch, GATHER_ARRIVAL, program, FLAGS_OF_RANK, LANES)
+        _await_flags(context, epoch, slot, epoch, GATHER_ARRIVAL, program, FLAGS_OF_RANK, LANES)
     else:
-        _await_flags(context, epoch, epoch, REDUCE_ARRIVAL, program, FLAGS_OF_RANK, LANES)
+        _await_flags(context, epoch, slot, epoch, REDUCE_ARRIVAL, program, FLAGS_OF_RANK, LANES)
         if (program == 0) & (piece == 0):
-            _compare_tokens(context, epoch, tokens, LANES)
+            _compare_tokens(context, epoch, slot, tokens, LANES)
     alive = is_alive(context)
-    sums = epoch % tl.load(context + DEPTH) * tl.load(context + MAX_TOKENS) * (HIDDEN // UNIT)
+    sums = slot * tl.load(context + MAX_TOKENS) * (HIDDEN // UNIT)
     for owner in range(0, world if TWO_SHOT else 1):
         before = owner * part
         last = tl.minimum(end, units - before)
@@ -287,7 +289,7 @@ def _finish_reduce(
                 pointers = _units_at(context, rank, REDUCE_SUMS, sums + before + unit, UNIT, element)
                 total = tl.load(pointers, mask=mask, other=0.0)
             else:
-                total = _sum_sources(context, epoch, source_units, unit, last, UNIT, element, SOURCES).to(element)
+                total = _sum_sources(context, slot, source_units, unit, last, UNIT, element, SOURCES).to(element)
             if residual is not None:
                 # Rounded before it is added, so that the result is bit for bit that of a separate addition.
                 total = (tl.load(residual + at, mask=mask, other=0.0).to(tl.float32) + total.to(tl.float32)).to(element)
@@ -295,14 +297,14 @@ def _finish_reduce(
     tl.debug_barrier()
     ended = tl.atomic_add(ticket + TICKET_FINISHED, tl.full((), 1, tl.int64), sem="acq_rel", scope="gpu")
     if (ended == tl.num_programs(0) * tl.num_programs(1) - 1) & alive:
-        _raise_flags(context, epoch, REDUCE_CREDIT, 0, 1, LANES)
+        # Loaded again: kept over the loop, Triton 3.5's assembler would put them on the stack.
+        _raise_flags(context, tl.load(ticket + TICKET_EPOCH), slot_of(context, ticket), REDUCE_CREDIT, 0, 1, LANES)
 
 
 def _constants(round_: ReduceRound, hidden: int, itemsize: int, two_shot: bool) -> dict[str, int | bool]:
     return {
         "HIDDEN": hidden, "UNIT": unit_of(hidden, itemsize), "TWO_SHOT": two_shot, "FLAGS_OF_RANK": round_.programs,
-        "LANES": max(padded(round_.world), FEWEST_LANES), "SUMMED": SUMMED_AT_ONCE, "SOURCES": SOURCES_AT_ONCE,
-        "num_warps": WARPS,
+        "LANES": max(padded(round_.world), FEWEST_LANES), "num_warps": WARPS,
     }  # fmt: skip
 
 
@@ -320,7 +322,7 @@ def start(round_: ReduceRound, rows: Tensor, two_shot: bool) -> None:
     """
     _start_reduce[(_programs(round_, rows, two_shot),)](
         round_.context, round_.ticket, rows, rows.shape[0], round_.source_units,
-        **_constants(round_, rows.shape[1], rows.itemsize, two_shot),
+        **_constants(round_, rows.shape[1], rows.itemsize, two_shot), **SUMMED_IN_START,
         PACED=round_.paced, COPIED=COPIED_AT_ONCE,
     )  # fmt: skip
 
@@ -334,9 +336,11 @@ def finish(round_: ReduceRound, rows: Tensor, residual: Tensor | None, two_shot:
     result = torch.empty_like(rows)
     programs = _programs(round_, rows, two_shot)
     units = rows.numel() // unit_of(rows.shape[1], rows.itemsize)
-    pieces = min(max(triton.cdiv(units, programs * SUMMED_AT_ONCE), 1), max(round_.finish_programs // programs, 1))
+    pieces = min(
+        max(triton.cdiv(units, programs * SUMMED_IN_FINISH["SUMMED"]), 1), max(round_.finish_programs // programs, 1)
+    )
     _finish_reduce[(programs, pieces)](
         round_.context, round_.ticket, residual, result, rows.shape[0], round_.source_units,
-        **_constants(round_, rows.shape[1], rows.itemsize, two_shot),
+        **_constants(round_, rows.shape[1], rows.itemsize, two_shot), **SUMMED_IN_FINISH,
     )  # fmt: skip
     return result
