@@ -296,8 +296,8 @@ def _finish_reduce(
             tl.store(result + at, tl.where(alive, total, float("nan")).to(element), mask=mask)
     tl.debug_barrier()
     ended = tl.atomic_add(ticket + TICKET_FINISHED, tl.full((), 1, tl.int64), sem="acq_rel", scope="gpu")
-    if (ended == tl.num_programs(0) * tl.num_programs(1) - 1) & alive:
-        # Loaded again: kept over the loop, Triton 3.5's assembler would put them on the stack.
+    # What follows is loaded again: kept over the loop, Triton 3.5's assembler would put it on the stack.
+    if (ended == tl.num_programs(0) * tl.num_programs(1) - 1) & is_alive(context):
         _raise_flags(context, tl.load(ticket + TICKET_EPOCH), slot_of(context, ticket), REDUCE_CREDIT, 0, 1, LANES)
 
 

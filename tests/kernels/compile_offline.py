@@ -225,7 +225,7 @@ def exchange_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
             yield f"wait presummed_by={form[1]}", lambda a=a: combine.combine_wait(*a)
     for paced, two_shot in itertools.product((False, True), repeat=2):
         reduction = all_reduce.ReduceRound(context, context, 4, 8, MULTIPROCESSORS, 4096, paced)
-        for addends in (rows, torch.empty(TOKENS, HIDDEN - 1, dtype=dtype), torch.empty(TOKENS, HIDDEN)):
+        for addends in (rows, torch.empty(TOKENS, HIDDEN - 2, dtype=dtype), torch.empty(TOKENS, HIDDEN)):
             a = (reduction, addends, two_shot)
             yield f"{paced=} {two_shot=}", lambda a=a: all_reduce.start(*a)
             for residual in (None, addends) if not paced else ():
