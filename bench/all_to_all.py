@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from farskip_fused.bench.collectives import Refused, capture, first_line, synchronize, time_call, together
 from farskip_fused.bench.comm_ranks import Case, Measured
 from farskip_fused.bench.shapes import random_routing
 from farskip_fused.launch import RankFailed, run_ranks
@@ -32,8 +32,6 @@ DEEPEP_SHARED = "it is timed with a GPU a rank only; the table has its marks of 
 DEEPEP_MISSING = "it is not installed; the table has its marks of an earlier run"
 LIMIT = 120.0  # seconds for all cases of one of them
 DEEPEP_BYTES = 10**9  # of its buffer, as its own tests have it
-HEAD_START = 2_000_000  # cycles that the GPU is held, so that the host is ahead of it
-Result = TypeVar("Result")
 
 
 class Found(NamedTuple):
@@ -64,7 +62,7 @@ def compare(cases: Sequence[tuple[str, Case]], world: int, iterations: int) -> t
                 device="cuda", limit=LIMIT, symmetric=False,
             )  # fmt: skip
         except RankFailed as error:
-            missing[peer] = f"it failed: {_first_line(error)}"
+            missing[peer] = f"it failed: {first_line(error)}"
             continue
         if isinstance(outcomes[0], str):
             missing[peer] = outcomes[0]
@@ -81,14 +79,10 @@ def missing_on_shared_gpu() -> dict[str, str]:
     return {NCCL: SHARED, SYMMETRIC: SHARED, DEEPEP: DEEPEP_SHARED if is_there else DEEPEP_MISSING}
 
 
-class Refused(Exception):
-    """A peer cannot be timed here; raised on all ranks, with the same reason."""
-
-
 def measure(device: torch.device, peer: str, cases: list[Case], iterations: int) -> list[tuple[Measured, bool]] | str:
     """On each rank: times of every case and whether they are of graphs, or on all ranks why there are none."""
     try:
-        group = _together(lambda: dist.new_group(backend="nccl") if device.type == "cuda" else dist.group.WORLD)
+        group = together(lambda: dist.new_group(backend="nccl") if device.type == "cuda" else dist.group.WORLD)
         return [_measure(device, PEERS[peer], group, case, iterations) for case in cases]
     except Refused as refused:
         return str(refused)
@@ -101,7 +95,7 @@ def _measure(device: torch.device, kind: type[Peer], group: Any, case: Case, ite
     def align() -> None:
         dist.all_reduce(aligned, group=group)
 
-    peer = _together(lambda: kind(traffic, group, case))
+    peer = together(lambda: kind(traffic, group, case))
     outputs: dict[str, Tensor] = {}
 
     def dispatch() -> None:
@@ -115,14 +109,14 @@ def _measure(device: torch.device, kind: type[Peer], group: Any, case: Case, ite
     def warm_up() -> None:
         for call in calls * 2:
             call()
-        _synchronize(device)
+        synchronize(device)
 
-    _together(warm_up)
-    calls, captured = _capture(calls, device)
-    _together(lambda: _check(traffic, peer, calls, outputs))
+    together(warm_up)
+    calls, captured = capture(calls, device)
+    together(lambda: _check(traffic, peer, calls, outputs))
     times = {}
     for step, call in zip(STEPS, calls[1:], strict=True):
-        times[step] = _time(calls[0], call, iterations, device, captured)
+        times[step] = time_call(calls[0], call, iterations, device, captured)
         dist.barrier()
     return Measured(times, sum(traffic.received)), captured
 
@@ -287,48 +281,6 @@ class DeepEp(Peer):
 PEERS: dict[str, type[Peer]] = {NCCL: Collective, SYMMETRIC: Symmetric, DEEPEP: DeepEp}
 
 
-def _together(action: Callable[[], Result]) -> Result:
-    """What the action returns if it succeeds on all ranks; otherwise Refused on all."""
-    result, reason = None, None
-    try:
-        result = action()
-    except Exception as error:  # a library that is not made for this machine raises anything
-        reason = _first_line(error)
-    reasons: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, reason)
-    for one in reasons:
-        if one is not None:
-            raise Refused(one)
-    return result  # type: ignore[return-value]
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
-
-
-def _capture(calls: list[Callable[[], None]], device: torch.device) -> tuple[list[Callable[[], None]], bool]:
-    """What replays each call as a CUDA graph, and True; the calls and False where any rank cannot capture them."""
-    if device.type != "cuda":
-        return calls, False
-    replays: list[Callable[[], None]] = []
-
-    def capture() -> None:
-        for call in calls:
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            # Threads of NCCL's go on asking for their events meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                call()
-            replays.append(graph.replay)
-
-    try:
-        _together(capture)
-    except Refused:
-        torch.cuda.synchronize()
-        return calls, False
-    return replays, True
-
-
 def _check(traffic: Traffic, peer: Peer, calls: list[Callable[[], None]], outputs: dict[str, Tensor]) -> None:
     """New rows, sent and returned as they came, are each multiplied by the number of ranks that wanted them."""
     align, dispatch, combine = calls
@@ -344,34 +296,3 @@ def _check(traffic: Traffic, peer: Peer, calls: list[Callable[[], None]], output
         outputs["combine"].float(), traffic.rows.float() * copies, rtol=2e-2, atol=1e-2,
         msg=lambda message: f"it does not bring back what was sent: {' '.join(message.split())}",
     )  # fmt: skip
-
-
-def _time(
-    align: Callable[[], None], step: Callable[[], None], iterations: int, device: torch.device, captured: bool
-) -> list[float]:
-    """ms of the step in each iteration, which all ranks begin together; on CPU by the clock."""
-    if device.type != "cuda":
-        times = []
-        for _ in range(iterations):
-            align()
-            start = time.perf_counter()
-            step()
-            times.append((time.perf_counter() - start) * 1e3)
-        return times
-    torch.cuda.synchronize()
-    dist.barrier()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(iterations)]
-    for start_event, end_event in events:
-        if not captured:
-            torch.cuda._sleep(HEAD_START)
-        align()
-        start_event.record()
-        step()
-        end_event.record()
-    torch.cuda.synchronize()
-    return [start_event.elapsed_time(end_event) for start_event, end_event in events]
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

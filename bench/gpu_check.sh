@@ -26,9 +26,9 @@ part build 200 "$PYTHON" -m pip install -q --no-deps --no-build-isolation -e .
 # Tests and demo wait for the host most of the time, so they run side by side; the benchmark has the card to itself.
 if wants tests; then
   part kernels 400 $PYTEST $PARALLEL -m 'not rung3 and not rung4 and not full' --deselect tests/kernels/test_compiles.py tests/kernels \
-    tests/conversion/test_experts_implementation.py tests/conversion/test_parallelize.py tests/test_bench.py \
-    tests/test_csrc.py tests/test_layer.py tests/test_local_experts.py tests/test_moe.py tests/test_router.py \
-    tests/test_token_exchange.py &
+    tests/conversion/test_experts_implementation.py tests/conversion/test_parallelize.py tests/test_all_reduce.py \
+    tests/test_bench.py tests/test_csrc.py tests/test_layer.py tests/test_local_experts.py tests/test_moe.py \
+    tests/test_router.py tests/test_tensor_parallel.py tests/test_token_exchange.py &
   part ranks 400 $PYTEST --durations=5 -m rung3 tests &
 fi
 wants demo && part demo 580 "$PYTHON" -m farskip_fused.cli demo --output "$OUT/demo" --overwrite &

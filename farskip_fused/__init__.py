@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from farskip_fused.all_reduce import AllReduce
     from farskip_fused.connectivity import Connectivity
     from farskip_fused.conversion import convert, load, parallelize, revert
     from farskip_fused.distillation import distill
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from farskip_fused.transformers_experts import use_fused_experts
 
 _HOMES = {
+    "AllReduce": "all_reduce",
     "Connectivity": "connectivity",
     "convert": "conversion",
     "revert": "conversion",
@@ -47,6 +49,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AllReduce",
     "Carry",
     "Connectivity",
     "ExchangeOptions",

@@ -236,6 +236,26 @@ def bench_comm(
     write_json(json_file, result)
 
 
+@bench.command("all-reduce")
+def bench_all_reduce(
+    ranks: Annotated[
+        list[int] | None, typer.Option(min=2, help="Ranks; repeat for several. 2 and 4 by default.")
+    ] = None,
+    sms: Annotated[list[int] | None, typer.Option(min=1, help="Multiprocessors a rank; repeat for several.")] = None,
+    hidden: Annotated[list[int] | None, typer.Option(min=1, help="Hidden size; repeat for several.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of a message; repeat for several.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Time all-reduces by size of the message: ours in one shot and two, NCCL's and torch's symmetric memory's."""
+    from farskip_fused.bench import all_reduce as room
+
+    result = room.run(
+        ranks or list(room.RANKS), sms or list(room.SMS), hidden or list(room.HIDDEN), tokens or list(room.TOKENS)
+    )
+    room.render(result)
+    write_json(json_file, result)
+
+
 @bench.command("fused")
 def bench_fused(
     shapes: Annotated[

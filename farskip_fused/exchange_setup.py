@@ -136,7 +136,7 @@ def _new_exchange(slots: Slots, world: int, shape: SlotShape, num_experts: int, 
     """An exchange over ``slots``, with the kernels of one over slots of that shape in a world of that size."""
     local = num_experts // world
     worst = slots.memory.world * slots.shape.max_tokens * min(shape.top_k, local)
-    programs, gemm_programs = _share_multiprocessors(slots.memory.device, options.num_comm_sms)
+    programs, gemm_programs = share_multiprocessors(slots.memory.device, options.num_comm_sms)
     return Exchange(
         slots, local, shape.top_k,
         tile_rows=choose_tile_rows(shape.max_tokens * shape.top_k * world, num_experts, shape.dtype),
@@ -145,7 +145,7 @@ def _new_exchange(slots: Slots, world: int, shape: SlotShape, num_experts: int, 
     )  # fmt: skip
 
 
-def _share_multiprocessors(device: torch.device, num_comm_sms: int | None) -> tuple[int, int]:
+def share_multiprocessors(device: torch.device, num_comm_sms: int | None) -> tuple[int, int]:
     """Programs of communication and of GEMMs that run beside it."""
     if INTERPRETED:
         return num_comm_sms or 2, 1

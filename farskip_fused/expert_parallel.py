@@ -10,8 +10,8 @@ start on the rows that are there and store their results straight at the owners 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from farskip_fused.kernels.layout import Layout
 from farskip_fused.kernels.machine import aligned
 from farskip_fused.kernels.protocol import Round, SlotRows
 from farskip_fused.local_experts import add_extras, is_recomputing
+from farskip_fused.symmetric.interface import join
 from farskip_fused.symmetric.slots import Slots, Ticket
 
 
@@ -62,27 +63,12 @@ class Exchange:
         """Of GEMMs beside which nothing travels."""
         return self.programs + self.gemm_programs
 
-    @contextmanager
-    def beside(self) -> Iterator[None]:
-        """Launch what follows on the communication stream, after what this stream has been given so far."""
-        stream = self.slots.memory.stream
-        if stream is None:
-            yield
-            return
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            yield
+    def beside(self) -> AbstractContextManager[None]:
+        """See ``SymmetricMemory``; so ``mark``."""
+        return self.slots.memory.beside()
 
     def mark(self) -> torch.cuda.Event | None:
-        """What the communication stream has been given so far; for ``join``."""
-        stream = self.slots.memory.stream
-        return None if stream is None else stream.record_event()
-
-
-def join(mark: torch.cuda.Event | None) -> None:
-    """Let this stream wait for what was marked."""
-    if mark is not None:
-        torch.cuda.current_stream().wait_event(mark)
+        return self.slots.memory.mark()
 
 
 class Flight:

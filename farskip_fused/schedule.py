@@ -95,7 +95,7 @@ def backward_order(connectivity: Connectivity) -> tuple[Action, ...]:
 
 # Tensor-parallel inference: every rank has all tokens; partial sums are all-reduced instead of rows exchanged. With
 # FarSkip the sums of attention and shared experts share one all-reduce, behind the routed experts; that of the routed
-# experts goes behind the next attention.
+# experts goes behind the next attention. ``tensor_parallel.py`` runs these orders.
 GATE = Action("gate")
 REDUCTIONS = ("attention_reduce", "expert_reduce")
 _TENSOR_PARALLEL = {
@@ -117,6 +117,13 @@ _TENSOR_PARALLEL = {
 TENSOR_PARALLEL_CONNECTIVITIES = tuple(_TENSOR_PARALLEL)
 
 
-def tensor_parallel_order(connectivity: Connectivity) -> tuple[Action, ...]:
-    """The actions of a layer in tensor-parallel inference, for the connectivities that ``_TENSOR_PARALLEL`` names."""
-    return _TENSOR_PARALLEL[connectivity.name]
+def tensor_parallel_order(connectivity: Connectivity, next_reads_partial: bool = False) -> tuple[Action, ...]:
+    """The actions of a layer in tensor-parallel inference, for the connectivities that ``_TENSOR_PARALLEL`` names.
+
+    next_reads_partial: whether the attention of the next layer reads the stream without this one's routed experts.
+    With standard connectivity, whose attention's sum is needed sooner, shared experts then have one of their own.
+    """
+    order = _TENSOR_PARALLEL[connectivity.name]
+    if next_reads_partial and connectivity.name == "standard":
+        return *order[:-2], *_TENSOR_PARALLEL["farskip"][-2:]
+    return order

@@ -12,6 +12,7 @@ hopper_forward.py, hopper_down_gradient.py, hopper_weight_gradient.py   those GE
 gather_sum.py               between tokens and sorted rows: sums over top-k, gathered copies
 dispatch.py                 rows from the token's rank to the ranks of its experts
 experts_to_owner.py         the projection that stores rows at their token's rank
+all_reduce.py               the rows of all ranks summed at every rank, in one shot or two
 combine.py                  expert outputs at the token's rank: the weighted sum over top-k
 """
 

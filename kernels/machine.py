@@ -53,15 +53,22 @@ def _count_in_int32() -> None:
     InterpreterBuilder.create_histogram = create_narrow_histogram
 
 
-def _round_to_fp8() -> None:
-    """Triton's interpreter drops the carry where rounding to e4m3 reaches the next power of two: 7.9 becomes 4."""
+def _round_to_nearest() -> None:
+    """Triton's interpreter cuts float32 off to bfloat16, and where rounding to e4m3 reaches the next power of two it
+    drops the carry: 7.9 becomes 4.
+    """
     from triton.runtime import interpreter
 
     convert = interpreter._convert_float
 
     def convert_float(values, from_dtype, to_dtype, rounding_mode):
-        if from_dtype == tl.float32 and to_dtype == tl.float8e4nv:
-            return torch.from_numpy(values).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        for narrow, of_torch, bits in (
+            (tl.bfloat16, torch.bfloat16, torch.uint16),
+            (tl.float8e4nv, torch.float8_e4m3fn, torch.uint8),
+        ):
+            if from_dtype == tl.float32 and to_dtype == narrow:
+                wide = torch.from_numpy(np.ascontiguousarray(values))
+                return wide.to(of_torch).view(bits).numpy().reshape(values.shape)
         return convert(values, from_dtype, to_dtype, rounding_mode)
 
     interpreter._convert_float = convert_float
@@ -108,7 +115,7 @@ if INTERPRETED:
     _patch_language_once()
     _multiply_rows_alike()
     _count_in_int32()
-    _round_to_fp8()
+    _round_to_nearest()
     # Triton's own takes the interpreter a second and a half for 1024 elements: it reduces by xor, one by one.
     tl.sort = _sort
 

@@ -8,6 +8,7 @@ Flags are epochs, only ever grow, and lie in the memory of the rank that waits f
 - ``arrival[slot, source]`` at the reader: the source has written all its data of that epoch;
 - ``credit[slot, reader]`` at the writer: the reader has read all data of that epoch, its slot may be written again;
 - ``row_arrival[slot, source, token]`` at the reader: this row has been written, for GEMMs that start before the rest.
+An all-reduce has such flags too, its arrivals one for each program: all_reduce.py.
 A writer of epoch ``e`` waits for the credit of epoch ``e - depth``, which is at or below zero for the first rounds.
 
 Memory order: a flag is raised by an exchange with release semantics at system scope. It covers what its own program
@@ -44,7 +45,7 @@ PLANES = tl.constexpr(8)  # rows of a token that a round carries
 LINK_RATE = tl.constexpr(9)  # bytes a microsecond to which remote stores are paced, by benchmarks alone
 LINK_FREE_AT = tl.constexpr(10)  # nanosecond at which the paced link has sent what was stored so far
 EXPIRED = tl.constexpr(11)  # not 0 once a GEMM has waited for a row to its bound: later waits report at once
-PUSHED = tl.constexpr(12)  # programs that have stored their share of a dispatch; 0 between dispatches
+PUSHED = tl.constexpr(12)  # programs that have stored their share of a dispatch or an all-reduce; 0 between them
 # Byte offsets of the regions in every rank's symmetric buffer.
 DISPATCH_ROWS = tl.constexpr(13)  # [depth, plane, source, max_tokens, hidden]
 DISPATCH_SCALES = tl.constexpr(14)  # [depth, plane, source, max_tokens, hidden / 128] float32, of fp8 rows
@@ -61,9 +62,16 @@ COMBINE_ARRIVAL = tl.constexpr(24)  # [depth, writer] int64
 COMBINE_CREDIT = tl.constexpr(25)  # [depth, owner] int64
 COMBINE_STAGED_ROWS = tl.constexpr(26)  # [depth, owner, max_tokens, hidden], what is put: put.py
 COMBINE_STAGED_SCALARS = tl.constexpr(27)  # [depth, owner, max_tokens, top_k] float32
+# Those of an all-reduce, which has a buffer of its own: all_reduce.py. A unit is what one load moves.
+REDUCE_ROWS = tl.constexpr(28)  # [depth, source, units], what ranks store for this one to sum
+REDUCE_SUMS = tl.constexpr(29)  # [depth, units], sums as their owners store them
+REDUCE_COUNTS = tl.constexpr(30)  # [depth, source] int64, tokens
+REDUCE_ARRIVAL = tl.constexpr(31)  # [depth, source, program] int64
+GATHER_ARRIVAL = tl.constexpr(32)  # [depth, owner, program] int64
+REDUCE_CREDIT = tl.constexpr(33)  # [depth, reader] int64
 # Base address of each rank's buffer as this rank reaches it by load and store, 0 where it does not. After them the same
 # once more, as far as memory is shared: the interpreter's puts need it.
-PEERS = tl.constexpr(28)
+PEERS = tl.constexpr(34)
 
 REGION_NAMES = (
     "dispatch_rows",
@@ -81,11 +89,18 @@ REGION_NAMES = (
     "combine_credit",
     "combine_staged_rows",
     "combine_staged_scalars",
+    "reduce_rows",
+    "reduce_sums",
+    "reduce_counts",
+    "reduce_arrival",
+    "gather_arrival",
+    "reduce_credit",
 )
 
 # Words of a ticket, int64, in device memory.
 TICKET_EPOCH = tl.constexpr(0)
 TICKET_FIRST_ROW = tl.constexpr(1)  # of plane 0 in the round's dispatch slot; plane 1 follows in the next word
+TICKET_FINISHED = tl.constexpr(1)  # of an all-reduce: programs that have read what they need of its slot
 TICKET_WORDS = 3
 
 # Words of the status block, int64, in host-visible memory.
@@ -95,6 +110,7 @@ STATUS_CODE, STATUS_RANK, STATUS_PEER, STATUS_PHASE, STATUS_EPOCH, STATUS_EXPECT
 CODE_TIMEOUT = tl.constexpr(1)
 CODE_EXPERT_OUT_OF_RANGE = tl.constexpr(2)
 CODE_TOO_MANY_ENTRIES = tl.constexpr(3)
+CODE_TOKENS_DIFFER = tl.constexpr(4)
 PHASE_NAMES = {
     DISPATCH_CREDIT.value: "dispatch credit",
     ROUTING_ARRIVAL.value: "routing arrival",
@@ -102,6 +118,9 @@ PHASE_NAMES = {
     ROW_ARRIVAL.value: "row arrival",
     COMBINE_CREDIT.value: "combine credit",
     COMBINE_ARRIVAL.value: "combine arrival",
+    REDUCE_CREDIT.value: "reduce credit",
+    REDUCE_ARRIVAL.value: "reduce arrival",
+    GATHER_ARRIVAL.value: "gather arrival",
 }
 
 

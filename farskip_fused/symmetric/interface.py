@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +24,12 @@ class SymmetricBuffer(NamedTuple):
 
     memory: Tensor
     addresses: list[int]
+
+
+def join(mark: torch.cuda.Event | None) -> None:
+    """Let this stream wait for what was marked."""
+    if mark is not None:
+        torch.cuda.current_stream().wait_event(mark)
 
 
 class SymmetricMemory(ABC):
@@ -65,6 +73,20 @@ class SymmetricMemory(ABC):
         self.puts = launch if ranks else None
         self.by_put = any(self.gather(bool(ranks)))
 
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Launch what follows on the communication stream, after what this stream has been given so far."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def mark(self) -> torch.cuda.Event | None:
+        """What the communication stream has been given so far; for ``join``."""
+        return None if self.stream is None else self.stream.record_event()
+
     @abstractmethod
     def allocate(self, nbytes: int) -> SymmetricBuffer:
         """Allocate ``nbytes`` of zeros at every rank; collective, in the same order with the same sizes."""
@@ -82,7 +104,7 @@ class SymmetricMemory(ABC):
         """Free everything; collective where the backend needs it. Tensors over the memory must not be used again."""
 
     def check(self) -> None:
-        """Raise what a kernel has reported so far: PeerTimeout, or UsageError for an expert id out of range.
+        """Raise what a kernel has reported so far: PeerTimeout, or UsageError for what only kernels see of bad input.
 
         Costs one read of host memory. Kernels run asynchronously on a GPU, so the report of a wait that expires later
         comes with a later check; ``synchronize`` waits for it.
@@ -103,6 +125,11 @@ class SymmetricMemory(ABC):
                 f"The experts of rank {report['rank']} were given {report['seen']} (token, expert) pairs and can take "
                 f"{report['expected']}; raise max_pairs. If it was not given, ids repeat within a token's top-k: they "
                 "must differ from each other."
+            )
+        if report["code"] == protocol.CODE_TOKENS_DIFFER.value:
+            raise UsageError(
+                f"Rank {report['rank']} gave {report['expected']} tokens to the all-reduce of epoch {report['epoch']} "
+                f"and rank {report['peer']} gave {report['seen']}; every rank must give the same number."
             )
         phase = protocol.PHASE_NAMES[report["phase"]]
         raise PeerTimeout(

@@ -1,9 +1,10 @@
-"""The symmetric buffer of dispatch and combine: its regions, and the context that kernels read them from."""
+"""Symmetric buffers that rounds take turns in: their regions, and the context that kernels read them from."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class SlotShape:
             raise UsageError(f"Slots of depth {self.depth} were asked for; the depth must be at least {MINIMUM_DEPTH}.")
 
     def regions(self, world: int) -> dict[str, int]:
-        """Bytes of each region at one rank, in the order of ``protocol.REGION_NAMES``.
+        """Bytes of each region at one rank.
 
         Capacity is the true worst case: every token of every rank may go to one rank.
         """
@@ -67,7 +68,7 @@ class SlotShape:
             "combine_staged_rows": arriving * row * self.staged,
             "combine_staged_scalars": arriving * self.top_k * 4 * self.staged,
         }
-        return {name: -(-sizes[name] // ALIGNMENT) * ALIGNMENT for name in protocol.REGION_NAMES}
+        return padded_regions(sizes)
 
 
 class Ticket(NamedTuple):
@@ -81,54 +82,52 @@ class Ticket(NamedTuple):
     words: Tensor
 
 
-class Slots:
-    """Allocated slots of one shape; every layer of a model that has this shape uses the same ones.
+class Rounds:
+    """A symmetric buffer, the context in which kernels find its regions, and the rounds in flight over it.
 
-    context: int64 device tensor, see ``kernels/protocol.py``. rows: the region of dispatched rows, [., H].
+    context: int64 device tensor, see ``kernels/protocol.py``.
     """
 
-    def __init__(self, memory: SymmetricMemory, shape: SlotShape) -> None:
-        regions = shape.regions(memory.world)
-        self.shape, self.memory = shape, memory
+    def __init__(
+        self, memory: SymmetricMemory, regions: Mapping[str, int], *, depth: int, max_tokens: int, planes: int = 1
+    ) -> None:
+        self.memory, self.depth = memory, depth
         self.buffer = memory.allocate(sum(regions.values()))
         words = [0] * (protocol.PEERS.value + 2 * memory.world)
         words[protocol.TIMEOUT_NANOSECONDS.value] = int(memory.timeout * 1e9)
         words[protocol.STATUS_ADDRESS.value] = memory.status.address
         words[protocol.RANK.value] = memory.rank
         words[protocol.WORLD.value] = memory.world
-        words[protocol.DEPTH.value] = shape.depth
-        words[protocol.MAX_TOKENS.value] = shape.max_tokens
-        words[protocol.PLANES.value] = shape.planes
+        words[protocol.DEPTH.value] = depth
+        words[protocol.MAX_TOKENS.value] = max_tokens
+        words[protocol.PLANES.value] = planes
         words[protocol.LINK_RATE.value] = memory.link_rate or 0
         offset = 0
-        for word, size in enumerate(regions.values(), start=protocol.DISPATCH_ROWS.value):
+        for word, name in enumerate(protocol.REGION_NAMES, start=protocol.DISPATCH_ROWS.value):
             words[word] = offset
-            offset += size
+            offset += regions.get(name, 0)
         reached = [0 if rank in memory.put_to else address for rank, address in enumerate(self.buffer.addresses)]
         words[protocol.PEERS.value :] = reached + self.buffer.addresses
         self.context = torch.tensor(words, dtype=torch.int64, device=memory.device)
-        first = words[protocol.DISPATCH_ROWS.value]
-        rows = self.buffer.memory[first : first + regions["dispatch_rows"]].view(shape.dtype)
-        whole = rows.numel() // shape.hidden_size
-        self.rows = rows[: whole * shape.hidden_size].view(whole, shape.hidden_size)
         self._opened = 0
         self.open_rounds: set[int] = set()
 
-    def open_round(self) -> Ticket:
-        """Begin a round; it takes the slot of the round ``depth`` before it, which must be closed."""
+    def take_ticket(self) -> Ticket:
+        """Count a round that takes the slot of the one ``depth`` before it, which must be closed.
+
+        A kernel has to take the epoch into its words.
+        """
         number = self._opened + 1
         oldest = min(self.open_rounds, default=number)
-        if number - oldest >= self.shape.depth:
+        if number - oldest >= self.depth:
             raise RuntimeError(
                 f"The oldest of {len(self.open_rounds)} rounds in flight still holds the slot that the next one needs, "
-                f"{self.shape.depth} deep; finish it first, or give the layers a larger depth. After an exception in "
+                f"{self.depth} deep; finish it first, or give the layers a larger depth. After an exception in "
                 "the middle of a round, close this symmetric memory and open a new one."
             )
         self._opened = number
         self.open_rounds.add(number)
-        words = torch.empty(protocol.TICKET_WORDS, dtype=torch.int64, device=self.memory.device)
-        protocol.open_round(self.context, words)
-        return Ticket(number, words)
+        return Ticket(number, torch.empty(protocol.TICKET_WORDS, dtype=torch.int64, device=self.memory.device))
 
     def is_newest(self, ticket: Ticket) -> bool:
         """Whether no round has been opened after it."""
@@ -138,15 +137,48 @@ class Slots:
         self.open_rounds.remove(ticket.number)
 
 
-def open_slots(memory: SymmetricMemory, shape: SlotShape) -> Slots:
-    """The slots of that shape, allocated at the first call; collective.
+class Slots(Rounds):
+    """Allocated slots of one shape; every layer of a model that has this shape uses the same ones.
+
+    rows: the region of dispatched rows, [., H].
+    """
+
+    def __init__(self, memory: SymmetricMemory, shape: SlotShape) -> None:
+        regions = shape.regions(memory.world)
+        super().__init__(memory, regions, depth=shape.depth, max_tokens=shape.max_tokens, planes=shape.planes)
+        self.shape = shape
+        rows = self.buffer.memory[: regions["dispatch_rows"]].view(shape.dtype)
+        whole = rows.numel() // shape.hidden_size
+        self.rows = rows[: whole * shape.hidden_size].view(whole, shape.hidden_size)
+
+    def open_round(self) -> Ticket:
+        """Begin a round."""
+        ticket = self.take_ticket()
+        protocol.open_round(self.context, ticket.words)
+        return ticket
+
+
+Opened = TypeVar("Opened")
+
+
+def open_once(memory: SymmetricMemory, shape: Any, make: Callable[[], Opened]) -> Opened:
+    """What was made for that shape on this memory, made at the first call; collective.
 
     Raises UsageError if the ranks ask for different shapes.
     """
-    slots = memory.buffers.get(shape)
-    if slots is None:
+    if shape not in memory.buffers:
         for rank, other in enumerate(memory.gather(shape)):
             if other != shape:
                 raise UsageError(f"Rank {memory.rank} sets up {shape} and rank {rank} {other}; make the layers equal.")
-        slots = memory.buffers[shape] = Slots(memory, shape)
-    return slots
+        memory.buffers[shape] = make()
+    return memory.buffers[shape]
+
+
+def open_slots(memory: SymmetricMemory, shape: SlotShape) -> Slots:
+    """The slots of that shape; see ``open_once``."""
+    return open_once(memory, shape, lambda: Slots(memory, shape))
+
+
+def padded_regions(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Bytes of regions, by name, rounded up to where the next one may begin."""
+    return {name: -(-size // ALIGNMENT) * ALIGNMENT for name, size in sizes.items()}

@@ -30,6 +30,7 @@ if __name__ == "__main__":
     torch.Tensor.is_cuda = True  # type: ignore[misc]
 
 from farskip_fused.kernels import (
+    all_reduce,
     combine,
     dispatch,
     experts,
@@ -222,6 +223,14 @@ def exchange_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
         for form in ((weights, 0), (None, 0), (None, EXPERTS)):
             a = (round_, ids, form[0], HIDDEN, dtype, form[1], extras)
             yield f"wait presummed_by={form[1]}", lambda a=a: combine.combine_wait(*a)
+    for paced, two_shot in itertools.product((False, True), repeat=2):
+        reduction = all_reduce.ReduceRound(context, context, 4, 8, MULTIPROCESSORS, 4096, paced)
+        for addends in (rows, torch.empty(TOKENS, HIDDEN - 2, dtype=dtype), torch.empty(TOKENS, HIDDEN)):
+            a = (reduction, addends, two_shot)
+            yield f"{paced=} {two_shot=}", lambda a=a: all_reduce.start(*a)
+            for residual in (None, addends) if not paced else ():
+                a = (reduction, addends, residual, two_shot)
+                yield f"{two_shot=}", lambda a=a: all_reduce.finish(*a)
     slots = [SlotRows(round_), SlotRows(round_, arrived=True)]
     yield (
         "weighted",

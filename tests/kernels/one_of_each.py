@@ -67,6 +67,18 @@ def call_exchange(memory: ff.SymmetricMemory) -> None:
     ff.combine_wait(handle).sum().backward()
 
 
+def call_all_reduce(memory: ff.SymmetricMemory) -> None:
+    """In one shot and in two, of rows that divide into loads of 16 bytes and of others."""
+    for hidden in (66, 64):
+        all_reduce = ff.AllReduce(
+            memory, max_tokens=300, hidden_size=hidden, dtype=HALF, one_shot_bytes=50 * hidden * HALF.itemsize
+        )
+        all_reduce.setup()
+        for tokens in (50, 300):
+            x = torch.randn(tokens, hidden, device=DEVICE, dtype=HALF)
+            all_reduce(all_reduce(x), residual=x)
+
+
 def main() -> None:
     for shape, dtype, transposed in CALLS:
         call_experts(shape, dtype, transposed)
@@ -82,6 +94,7 @@ def main() -> None:
     call_layer(50, 66, ep=memory, exchange=ff.ExchangeOptions(combine="presummed"))
     call_layer(50, 66, ep=memory, exchange=ff.ExchangeOptions(fp8=True))
     call_exchange(memory)
+    call_all_reduce(memory)
     memory.close()
     if DEVICE == "cuda":
         torch.cuda.synchronize()

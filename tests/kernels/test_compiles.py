@@ -19,7 +19,8 @@ HOPPER_GEMMS |= {"project_to_owner_kernel"}
 OTHERS = {
     "_gate", "_route", "_route_backward", "_count", "_sort", "_sum_entries", "_sum_parts", "_gather_rows",
     "_gather_weighted_rows", "_push_routing", "_push_rows", "_take_routing", "_keep_rows", "_poison", "_find_turns",
-    "_push_sums", "_push_scalars", "_take_scalars", "_sum", "_wait", "_announce",
+    "_push_sums", "_push_scalars", "_take_scalars", "_sum", "_wait", "_announce", "_start_reduce",
+    "_finish_reduce",
 }  # fmt: skip
 
 
