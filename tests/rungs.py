@@ -10,3 +10,5 @@ RUNGS = [
     pytest.param("cuda", marks=pytest.mark.rung4),
 ]
 GPU_RUNGS = RUNGS[1:]
+# For what takes the interpreter long and proves there little that another test does not.
+CPU_IN_FULL = [pytest.param("cpu", marks=(pytest.mark.rung2, pytest.mark.full)), *GPU_RUNGS]

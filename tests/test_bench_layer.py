@@ -186,6 +186,7 @@ def compare_on_rank(memory):
     return Stack(memory, CASE).difference("paper", "fused", layers=1)
 
 
+@pytest.mark.full
 @pytest.mark.rung2
 def test_whole_collectives_give_the_plain_definition_and_its_gradients():
     assert max(run_ranks(compare_on_rank, 2)) < 1e-5

@@ -226,7 +226,9 @@ def test_a_failed_context_gives_no_finite_gradient():
 
 
 @pytest.mark.parametrize("device", RUNGS)
-@pytest.mark.parametrize("by_put", [False, True], ids=["stores", "puts"])
+@pytest.mark.parametrize(
+    "by_put", [pytest.param(False, id="stores"), pytest.param(True, id="puts", marks=pytest.mark.full)]
+)
 def test_ranks_with_experts_of_their_own_compute_what_float64_does_under_skew(device, by_put):
     rounds = 80 if device != "cpu" else 3 if by_put else 6
     run_ranks(rank_programs.exchange_with_own_experts, 2, rounds, 0.05, device=device, wait_timeout=30.0, by_put=by_put)
