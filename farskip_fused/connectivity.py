@@ -29,7 +29,7 @@ class Connectivity:
     attention_reads_partial: attention skips the routed experts of the layer before.
     mlp_reads_before_attention: the MLP skips this layer's own attention.
     depth: how many layers back the newest routed experts lie that the MLP reads, 1 to 3; the attention's lie one more.
-        1 is the paper's, and the only one where not both skip.
+        1 is the paper's; more is for farskip alone.
     """
 
     attention_reads_partial: bool

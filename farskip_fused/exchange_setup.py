@@ -14,11 +14,11 @@ from farskip_fused.kernels import dispatch
 from farskip_fused.kernels.machine import INTERPRETED
 from farskip_fused.kernels.tiles import choose_tile_rows
 from farskip_fused.local_experts import DTYPES, check_ids
+from farskip_fused.schedule import COMMUNICATION
 from farskip_fused.symmetric import SymmetricMemory
 from farskip_fused.symmetric.slots import Slots, SlotShape, open_slots
 
 WARM_UP_TOKENS = 4
-COMMUNICATION_SHARE = 8 / 132  # of the multiprocessors
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def share_multiprocessors(device: torch.device, num_comm_sms: int | None) -> tup
     if INTERPRETED:
         return num_comm_sms or 2, 1
     available = torch.cuda.get_device_properties(device).multi_processor_count
-    share = num_comm_sms or max(round(available * COMMUNICATION_SHARE), 1)
+    share = num_comm_sms or max(round(available * COMMUNICATION.share), 1)
     if share >= available:
         raise UsageError(f"num_comm_sms is {share} and the GPU has {available}; leave some for the experts.")
     return share, available - share

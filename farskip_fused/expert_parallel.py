@@ -319,8 +319,9 @@ class Combine(torch.autograd.Function):
         residual: Tensor | None, flight: Flight,
     ) -> Tensor:  # fmt: skip
         ctx.flight = flight
-        if ctx.needs_input_grad[0] and flight.exchange.slots.shape.planes > 1:
-            ctx.save_for_backward(hidden_states)
+        # Not saved by autograd: in an overlapped stack this runs in the next layer's turn, but not when that turn is
+        # recomputed, and activation checkpointing would miss it.
+        ctx.hidden_states = hidden_states if flight.exchange.slots.shape.planes > 1 else None
         if flight.combined is not None:
             return add_extras(flight.combined, shared, residual)
         result, _ = flight.finish(top_k_weights, Extras(residual, shared))
@@ -332,8 +333,7 @@ class Combine(torch.autograd.Function):
         flight: Flight = ctx.flight
         needs = ctx.needs_input_grad
         if needs[0]:
-            (hidden_states,) = ctx.saved_tensors or (None,)
-            flight.send_gradient(aligned(gradient), hidden_states)
+            flight.send_gradient(aligned(gradient), ctx.hidden_states)
             flight.check()
         token = torch.zeros(1, device=gradient.device) if needs[0] else None
         return token, None, None, gradient if needs[3] else None, gradient if needs[4] else None, None

@@ -134,9 +134,14 @@ class OverlappedLayer(nn.Module):
         """carry: what the layer before returned, or the embedding; where a later layer is deeper than the first,
         ``Carry(embedding, depth)``.
 
-        Raises UsageError for a carry of layers less deep than this one.
+        Raises UsageError for a carry of layers less deep than this one, and if FSDP shards the layer as a whole.
         """
         depth = self.connectivity.depth
+        if any(base.__name__ == "FSDPModule" for base in type(self).__mro__):
+            raise UsageError(
+                "The layer was given to fully_shard as a whole, whose hooks need tensors where a Carry comes and goes; "
+                "shard its attention and shared experts instead."
+            )
         if isinstance(carry, Tensor):
             carry = Carry(carry, depth)
         if carry.depth < depth:

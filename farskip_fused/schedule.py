@@ -27,6 +27,20 @@ class Action:
     layer: int = 0
 
 
+@dataclass(frozen=True)
+class Stream:
+    """A stream beside the caller's. priority: CUDA's, the lower goes first. share: of the GPU's multiprocessors that
+    its kernels take while the caller's have the rest."""
+
+    priority: int
+    share: float
+
+
+# Actions run on the caller's stream, and so does what their GEMMs store at peers as they compute: results and gradients
+# on their way back to the tokens. What must be sent by itself is launched here: rows and routing of a dispatch,
+# gradients on their way to the experts. Others wait for it, so it goes first.
+COMMUNICATION = Stream(priority=-1, share=8 / 132)
+
 ATTENTION_PROJECTIONS = Action("attention_projections")
 ATTENTION_CORE = Action("attention_core")
 FINISH_COMBINE = Action("finish_combine", waits_for=("combine", -1))

@@ -189,6 +189,10 @@ def run_sharded(memory):
                 dist.all_reduce(reference)
                 found, reference = found.full_tensor(), reference / memory.world
             assert_close(found, reference, torch.float32)
+    (layer,) = make_stack([FARSKIP], True, memory, memory.device)
+    fully_shard(layer, ignored_params={layer.moe.w13, layer.moe.w2})
+    with pytest.raises(ff.UsageError, match="given to fully_shard as a whole"):
+        layer(embedding)
 
 
 @pytest.mark.full

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from farskip_fused.errors import UsageError
+from farskip_fused.schedule import COMMUNICATION
 
 # bench/results/h100-experts-fine-grained.json, "ceilings": 8192^3 bfloat16 product and device copy on an H100 SXM.
 H100_MATMUL, H100_COPY = 787.0, 3.03
@@ -24,8 +25,6 @@ MATMUL_SHARE, COPY_SHARE = H100_MATMUL / 989, H100_COPY / 3.35
 HOPPER_LINK_SHARE, BLACKWELL_LINK_SHARE, NETWORK_SHARE = 0.765, 0.71, 0.86
 # SMs that whole collectives occupy: DeepEP's default of 20 (24 in the Blackwell figure above).
 HOPPER_SMS, BLACKWELL_SMS = 20 / 132, 24 / 148
-# SMs of the fused kernels' dispatch: 8 of 132. Their combine leaves from the GEMM's own epilogue.
-FUSED_SMS = 8 / 132
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Cluster:
     network: float
     reduce: float
     collective_share: float
-    fused_share: float = FUSED_SMS
+    fused_share: float = COMMUNICATION.share
     attention: float = 1.0
     node: int = 8
     # DeepEP's low-latency dispatch of 7.5 MB: 77 us at EP8, of which 47 us are bytes at 160 GB/s; 173 us at EP64, of

@@ -13,6 +13,7 @@ from torch import Tensor
 from farskip_fused.errors import PeerTimeout, UsageError
 from farskip_fused.kernels import protocol
 from farskip_fused.kernels.machine import INTERPRETED
+from farskip_fused.schedule import COMMUNICATION
 
 
 class SymmetricBuffer(NamedTuple):
@@ -62,7 +63,7 @@ class SymmetricMemory(ABC):
         self.by_put = False
         self.puts: dict[str, Any] | None = None
         if device.type == "cuda":
-            self.stream = torch.cuda.Stream(device, priority=-1)  # what others wait for goes first
+            self.stream = torch.cuda.Stream(device, priority=COMMUNICATION.priority)
             torch.cuda.current_stream(device).synchronize()  # the context must exist before memory is mapped into it
             self.status.map_for_device()
         self.buffers: dict[Any, Any] = {}  # slots by shape, see slots.py
