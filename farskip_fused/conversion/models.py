@@ -94,6 +94,11 @@ def decoder_of(model: PreTrainedModel) -> Any:
     return found[0]
 
 
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a model, stock, converted or wrapped."""
+    return decoder_of(cast(PreTrainedModel, model)).layers
+
+
 def stock_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]] | None:
     """Configuration and model class of a stock type; None if the installed transformers has none that writes text.
 

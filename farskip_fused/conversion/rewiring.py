@@ -130,5 +130,10 @@ def moe_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(names[id(block)], block) for block in found]
 
 
+def experts_are_transposed(model: nn.Module) -> bool:
+    """Whether the family keeps its experts as [E, in, out] instead of [E, out, in]; of a converted model."""
+    return any(layer.anatomy.block and layer.anatomy.block.scales_inputs for layer in _farskip_layers(model))
+
+
 def _farskip_layers(model: nn.Module) -> list[FarSkipLayer]:
     return [module for module in model.modules() if isinstance(module, FarSkipLayer)]

@@ -9,7 +9,8 @@ import torch
 
 import farskip_fused as ff
 from farskip_fused import cli
-from farskip_fused.distillation import evaluate, read_documents, token_blocks, train_tokenizer
+from farskip_fused.distillation import evaluate, read_documents, train_tokenizer
+from farskip_fused.distillation.data import as_blocks
 
 SMALL = ("--block-length", "16", "--batch-tokens", "64", "--learning-rate", "5e-3")
 
@@ -53,7 +54,7 @@ def test_eval_gives_what_the_library_gives(capsys, tmp_path, text, checkpoints):
     assert "KL to teacher" in out
     model = ff.load(converted)
     tokenizer = train_tokenizer(read_documents(text), 300)
-    blocks = token_blocks(read_documents(text), tokenizer, 16)
+    blocks = as_blocks(text, 16, tokenizer)
     report = json.loads(file.read_text())
     assert report["val_ce"] == pytest.approx(evaluate(model, blocks).val_ce, rel=1e-6)
     assert report["kl"] == pytest.approx(evaluate(model, blocks, ff.revert(ff.load(converted))).kl, rel=1e-5)
