@@ -88,6 +88,7 @@ def advance(
     attention: Callable[[Tensor], Tensor],
     mlp: Callable[[Tensor], tuple[Tensor | None, Tensor | None]],
     multiplier: float = 1.0,
+    routed_last: bool = False,
 ) -> Streams:
     """One layer, without overlap: the oracle of everything that overlaps.
 
@@ -96,7 +97,7 @@ def advance(
         experts ``(None, routed)``.
     multiplier: scales everything that is added to a stream, as in Granite.
     The order of additions, ``(full + attention) + (routed + shared)``, is that of the stock models, so that standard
-    connectivity is bit-equal to them.
+    connectivity is bit-equal to them; with ``routed_last`` it is ``((full + attention) + shared) + routed``.
     """
 
     def scaled(output: Tensor) -> Tensor:
@@ -109,7 +110,8 @@ def advance(
         return Streams(full, full)
     if shared is None:
         return Streams(base + scaled(routed), base)
-    return Streams(base + scaled(routed + shared), base + scaled(shared))
+    partial = base + scaled(shared)
+    return Streams(partial + scaled(routed) if routed_last else base + scaled(routed + shared), partial)
 
 
 def parse_layers(layers: str | int | Iterable[int], num_layers: int) -> list[int]:

@@ -14,6 +14,7 @@ except ModuleNotFoundError as error:
 from farskip_fused import transformers_experts  # noqa: F401
 from farskip_fused.conversion.checkpoints import check_checkpoint, convert_checkpoint, load
 from farskip_fused.conversion.families import FAMILIES
+from farskip_fused.conversion.instella import export as export_instella
 from farskip_fused.conversion.models import decoder_layers, register_all
 from farskip_fused.conversion.parallel_experts import parallelize
 from farskip_fused.conversion.rewiring import (
@@ -23,6 +24,7 @@ from farskip_fused.conversion.rewiring import (
     experts_are_transposed,
     moe_blocks,
     revert,
+    set_additions,
 )
 
 __all__ = [
@@ -34,10 +36,12 @@ __all__ = [
     "convert_checkpoint",
     "decoder_layers",
     "experts_are_transposed",
+    "export_instella",
     "load",
     "moe_blocks",
     "parallelize",
     "revert",
+    "set_additions",
 ]
 
 register_all()

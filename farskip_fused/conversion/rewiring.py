@@ -98,6 +98,24 @@ def connectivity_of(model: nn.Module) -> list[Connectivity]:
     return [Connectivity.standard()] * len(decoder_of(checked_model(model)).layers)
 
 
+ADDITIONS = ("stock", "routed_last")
+
+
+def set_additions(model: Model, order: str) -> Model:
+    """Chooses in which order a converted model's layers add up the full stream, in place; returns the model.
+
+    order: "stock", ``(full + attention) + (routed + shared)``, as stock models and AMD's Instella-MoE file do;
+        "routed_last", ``((full + attention) + shared) + routed``, as code that overlaps may, since it has the first sum
+        already. They differ by rounding, and checkpoints do not say which.
+    Raises UsageError for another order.
+    """
+    if order not in ADDITIONS:
+        raise UsageError(f"Unknown order of additions {order!r}; use one of {', '.join(ADDITIONS)}.")
+    for layer in _farskip_layers(model):
+        layer._routed_last = order == "routed_last"
+    return model
+
+
 @contextmanager
 def as_teacher(model: Model) -> Iterator[Model]:
     """Within it every layer runs standard connectivity, bit-equal to the stock model; restored on exit.

@@ -223,7 +223,7 @@ def _load(path: Path, device: torch.device, dtype: str | None) -> Any:
     from farskip_fused.conversion import load
     from farskip_fused.conversion.stored import read_checkpoint
 
-    options = {"device_map": device, "dtype": dtype or "auto"}
+    options: dict[str, Any] = {"device_map": device, "dtype": dtype or "auto"}
     if read_checkpoint(path).is_farskip:
         return load(path, **options)
     return AutoModelForCausalLM.from_pretrained(path, local_files_only=True, **options)
