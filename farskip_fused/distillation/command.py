@@ -221,10 +221,12 @@ def _load(path: Path, device: torch.device, dtype: str | None) -> Any:
     from transformers import AutoModelForCausalLM
 
     from farskip_fused.conversion import load
+    from farskip_fused.conversion.instella import is_instella
     from farskip_fused.conversion.stored import read_checkpoint
 
     options: dict[str, Any] = {"device_map": device, "dtype": dtype or "auto"}
-    if read_checkpoint(path).is_farskip:
+    stored = read_checkpoint(path)
+    if stored.is_farskip or is_instella(stored.config):
         return load(path, **options)
     return AutoModelForCausalLM.from_pretrained(path, local_files_only=True, **options)
 

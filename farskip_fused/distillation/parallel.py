@@ -96,7 +96,7 @@ class Sharded(_Ranks):
         super().__init__(device)
         # FSDP2 averages over the ranks.
         self.loss_scale = float(self.world)
-        shard(model, device)
+        shard(model, device, trained=True)
 
     def reduce(self, gradients: dict[nn.Parameter, Tensor]) -> None:
         pass
@@ -153,8 +153,11 @@ def distribute(model: nn.Module, mode: str | None, max_tokens: int) -> Parallel:
     return SplitExperts(model, init(device=device), max_tokens)
 
 
-def shard(model: nn.Module, device: torch.device) -> None:
-    """FSDP2 on every decoder layer and on the rest: float32 weights and gradients, computation in the model's dtype."""
+def shard(model: nn.Module, device: torch.device, *, trained: bool) -> None:
+    """FSDP2 on every decoder layer and on the rest: float32 weights and gradients, computation in the model's dtype.
+
+    trained: False for a teacher, whose head is needed in full after its forward pass.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -163,12 +166,13 @@ def shard(model: nn.Module, device: torch.device) -> None:
     computing = next(p.dtype for p in model.parameters() if p.ndim > 1)
     policy = MixedPrecisionPolicy(param_dtype=computing, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    model.float()
+    if trained:
+        model.float()
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    # Its head and embeddings too are given back after each forward pass: parameters are then always the shards.
-    cast(FSDPModule, model).set_reshard_after_forward(True, recurse=False)
+    # What is trained gives back its head and embeddings, too, so that its parameters are the shards between passes.
+    cast(FSDPModule, model).set_reshard_after_forward(trained, recurse=False)
 
 
 def local(tensor: Tensor) -> Tensor:

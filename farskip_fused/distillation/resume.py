@@ -92,12 +92,15 @@ def _quiet() -> Iterator[None]:
 
 
 def fingerprint(model: nn.Module, blocks: Blocks, config: DistillationConfig, parallel: Parallel) -> str:
-    """A hash of what decides the course of a training; of weights and data a sample."""
+    """A hash of what decides the course of a training, the same at all ranks; of weights and data a sample."""
     digest = hashlib.sha256(json.dumps([asdict(config), parallel.world, list(blocks.ids.shape)]).encode())
     rows = torch.linspace(0, len(blocks) - 1, min(len(blocks), 1024)).long()
     for tensor in [blocks.ids[rows], *(local(each).detach().flatten()[:8] for each in model.parameters())]:
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    agreed = [digest.hexdigest()]
+    if parallel.world > 1:  # every rank has other weights
+        dist.broadcast_object_list(agreed)
+    return agreed[0]
 
 
 def generators(device: torch.device) -> dict[str, Tensor]:

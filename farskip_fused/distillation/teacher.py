@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from farskip_fused.connectivity import Connectivity
 from farskip_fused.distillation.blocks import Blocks
@@ -51,6 +52,8 @@ class Separate:
 
     @property
     def head(self) -> Head:
+        if isinstance(self.model, FSDPModule):
+            self.model.unshard()
         return head_of(self.model)
 
     def teach(self, blocks: Blocks, *, with_states: bool = False) -> Taught:

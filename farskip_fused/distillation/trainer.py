@@ -79,6 +79,10 @@ def distill(
     place = None if folder is None else Path(folder)
     if resume and place is None:
         raise UsageError("To resume, give the folder of the training.")
+    if parallel == "fsdp" and config.teacher_form in ("offload", "int8"):
+        raise UsageError(
+            f"With fsdp the teacher is sharded, too; teacher_form {config.teacher_form!r} needs one process."
+        )
     blocks = as_blocks(data, config.block_length, tokenizer, answers_only=config.answers_only)
     held_out = None
     if validation is not None:
@@ -91,8 +95,8 @@ def distill(
         # A copy is made of the whole model; a shared teacher of what each rank holds.
         taught_by = stack.enter_context(_separate_teacher(model, teacher, config, parallel))
         ranks = distribute(model, parallel, max(config.micro_batch_tokens, blocks.block_length))
-        if isinstance(ranks, Sharded) and isinstance(taught_by, Separate) and config.teacher_form in ("shared", "copy"):
-            shard(taught_by.model, ranks.device)
+        if isinstance(ranks, Sharded) and isinstance(taught_by, Separate):
+            shard(taught_by.model, ranks.device, trained=False)
         if taught_by is None and config.objective != "sft":
             taught_by = Shared(model)
         training = _Training(model, blocks, config, taught_by, held_out, metric, ranks)
