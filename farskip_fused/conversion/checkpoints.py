@@ -146,7 +146,13 @@ def describe(stored: StoredCheckpoint) -> dict[str, Any]:
     }
 
 
+def _refuse_instella(stored: StoredCheckpoint) -> None:
+    if is_instella(stored.config):
+        raise UsageError(f"{stored.path} is an Instella-MoE checkpoint, FarSkip already; ff.load reads it as it is.")
+
+
 def _require_farskip(stored: StoredCheckpoint) -> None:
+    _refuse_instella(stored)
     if not stored.is_farskip:
         raise UsageError(
             f"{stored.path} is a stock {stored.stock_type} checkpoint, not a FarSkip one;"
@@ -162,6 +168,7 @@ def _farskip_config(stored: StoredCheckpoint) -> dict[str, Any]:
 
     ``auto_map`` names code that comes with a checkpoint and knows nothing of FarSkip, so it is left out.
     """
+    _refuse_instella(stored)
     stock_name = checked_stock_classes(stored.stock_type)[1].__name__
     written = stored.config.get("architectures") or [stock_name]
     if [str(name).removeprefix(CLASS_PREFIX) for name in written] != [stock_name]:

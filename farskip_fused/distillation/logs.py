@@ -17,7 +17,7 @@ JSONL = "log.jsonl"
 class Logs:
     """Writes ``log.jsonl`` in a folder, a line for each step and each evaluation, and the same to TensorBoard.
 
-    folder: None to write nothing. from_step: lines of this step and later, of a training that goes on before them, are
+    folder: None to write nothing. from_step: the step that a resumed training goes on after; lines of later ones are
     dropped. Raises UsageError if TensorBoard is wanted and not installed.
     """
 

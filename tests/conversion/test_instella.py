@@ -138,8 +138,10 @@ def test_what_its_keys_cannot_say_is_refused(published: Any, stock: Any, tmp_pat
         conversion.export_instella(stock, tmp_path / "again")
     with pytest.raises(ff.UsageError, match="farskip_start_idx is 7"):
         ff.load(published(farskip_start_idx=7))
-    with pytest.raises(ff.UsageError, match="InstellaMoEForCausalLM"):
-        conversion.convert_checkpoint(published(), tmp_path / "target")
+    for refused in (lambda: conversion.convert_checkpoint(published(), tmp_path / "target"),
+                    lambda: conversion.check_checkpoint(published())):  # fmt: skip
+        with pytest.raises(ff.UsageError, match="Instella-MoE checkpoint, FarSkip already"):
+            refused()
 
 
 def test_the_order_of_additions_changes_rounding_alone(published: Any, tokens: Any) -> None:

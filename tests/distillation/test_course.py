@@ -43,7 +43,7 @@ def stop_at(look):
     return metric
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.full), torch.bfloat16])
 def test_a_resumed_training_ends_bit_for_bit_as_one_that_was_not_interrupted(build, blocks, tmp_path, dtype):
     options = {"metric_every": 1, "validation": blocks[:8], "evaluations": 4, "balance_rate": 0.01}
     straight = ff.convert(build().to(dtype))

@@ -41,8 +41,9 @@ def alone(model, blocks):
     return report.losses, report.evaluations[-1][1].to_dict(), report.skipped
 
 
+@pytest.mark.full
 @pytest.mark.rung2
-@pytest.mark.parametrize("mode", ["fsdp", pytest.param("ep", marks=pytest.mark.full)])
+@pytest.mark.parametrize("mode", ["fsdp", "ep"])
 def test_two_ranks_train_as_one_and_resume(build, blocks, tmp_path, mode):
     blocks = blocks[:16]
     model = ff.convert(build())
