@@ -22,7 +22,8 @@ def train(memory, model, blocks, mode, folder):
     """On each rank: two steps, a state, and the rest after a new start from it; the losses, and the model saved."""
     torch.set_num_threads(1)
     options = {"validation": blocks[:6], "parallel": mode, "folder": folder / "work"}
-    first = copy.deepcopy(model)
+    # What a spawned process is given lies in memory that all of them share.
+    first, model = copy.deepcopy(model), copy.deepcopy(model)
 
     def interrupt(_):
         raise InterruptedError
