@@ -14,14 +14,14 @@ from farskip_fused.errors import UsageError
 from farskip_fused.launch import run_ranks
 
 CONFIG = DistillationConfig(
-    steps=4, batch_tokens=128, micro_batch_tokens=32, learning_rate=1e-3, warmup_steps=0, balance_rate=0.01
+    steps=3, batch_tokens=128, micro_batch_tokens=64, learning_rate=1e-3, warmup_steps=0, balance_rate=0.01
 )
 
 
 def train(memory, model, blocks, mode, folder):
     """On each rank: two steps, a state, and the rest after a new start from it; the losses, and the model saved."""
     torch.set_num_threads(1)
-    options = {"validation": blocks[:6], "parallel": mode, "folder": folder / "work"}
+    options = {"validation": blocks[:4], "parallel": mode, "folder": folder / "work"}
     # What a spawned process is given lies in memory that all of them share.
     first, model = copy.deepcopy(model), copy.deepcopy(model)
 
@@ -29,16 +29,14 @@ def train(memory, model, blocks, mode, folder):
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        ff.distill(first, blocks, CONFIG, metric=interrupt, metric_every=3, checkpoint_every=2, **options)
-    report = ff.distill(
-        model, blocks, CONFIG, metric_every=3, metric=lambda _: 0.0, resume=True, checkpoint_every=2, **options
-    )
+        ff.distill(first, blocks, CONFIG, metric=interrupt, checkpoint_every=2, **options)
+    report = ff.distill(model, blocks, CONFIG, resume=True, checkpoint_every=2, **options)
     save_trained(model, folder / "saved")
     return report.losses, report.evaluations[-1][1].to_dict(), report.skipped
 
 
 def alone(model, blocks):
-    report = ff.distill(model, blocks, CONFIG, validation=blocks[:6])
+    report = ff.distill(model, blocks, CONFIG, validation=blocks[:4])
     return report.losses, report.evaluations[-1][1].to_dict(), report.skipped
 
 
@@ -49,7 +47,7 @@ def test_two_ranks_train_as_one_and_resume(build, blocks, tmp_path, mode):
     blocks = blocks[:16]
     model = ff.convert(build())
     expected, trained = alone(single := copy.deepcopy(model), blocks), single.state_dict()
-    found = run_ranks(train, 2, model, blocks, mode, tmp_path, limit=250.0)
+    found = run_ranks(train, 2, model, blocks, mode, tmp_path, limit=290.0)
     assert found[0] == found[1]
     assert [tokens for tokens, _ in found[0][0]] == [tokens for tokens, _ in expected[0]]
     losses = [[loss for _, loss in each[0]] for each in (found[0], expected)]
