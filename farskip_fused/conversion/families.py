@@ -35,6 +35,7 @@ FAMILIES = (
     "granitemoeshared",
     "hunyuan_v1_moe",
     "hy_v3",
+    "instella_moe",
     "jamba",
     "kimi_linear",
     "laguna",

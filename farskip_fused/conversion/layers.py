@@ -30,6 +30,7 @@ class FarSkipLayer(Rewired):
     _depth: int
     _is_first: bool
     _is_last: bool
+    _routed_last = False
 
     @property
     def connectivity(self) -> Connectivity:
@@ -60,6 +61,7 @@ class FarSkipLayer(Rewired):
             attention=lambda x: anatomy.attend(layer, x, kwargs),
             mlp=lambda x: anatomy.split_mlp(layer, x),
             multiplier=anatomy.multiplier(layer),
+            routed_last=self._routed_last,
         )
         return streams.full if self._is_last else streams
 
@@ -110,6 +112,7 @@ def unwire(decoder: nn.Module) -> None:
             llama4.dismiss(moe_block(layer, layer.anatomy).get_submodule("experts"))
         layer.__class__ = type(layer).stock_class
         del layer._connectivity, layer._anatomy, layer._depth, layer._is_first, layer._is_last
+        vars(layer).pop("_routed_last", None)
     if isinstance(decoder, FarSkipDecoder):
         cast(Any, decoder).__class__ = type(decoder).stock_class
 

@@ -23,6 +23,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 
 from farskip_fused.conversion import llama4
 from farskip_fused.conversion.families import CLASS_PREFIX, FAMILIES, TYPE_PREFIX, stock_type
+from farskip_fused.conversion.instella import register_instella
 from farskip_fused.conversion.layers import wire
 from farskip_fused.conversion.record import from_record
 from farskip_fused.conversion.rewired import Rewired
@@ -94,6 +95,11 @@ def decoder_of(model: PreTrainedModel) -> Any:
     return found[0]
 
 
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a model, stock, converted or wrapped."""
+    return decoder_of(cast(PreTrainedModel, model)).layers
+
+
 def stock_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]] | None:
     """Configuration and model class of a stock type; None if the installed transformers has none that writes text.
 
@@ -155,6 +161,7 @@ def register(model_type: str) -> None:
 
 
 def register_all() -> None:
+    register_instella()
     for model_type in FAMILIES:
         register(model_type)
 

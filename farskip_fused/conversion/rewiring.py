@@ -98,6 +98,24 @@ def connectivity_of(model: nn.Module) -> list[Connectivity]:
     return [Connectivity.standard()] * len(decoder_of(checked_model(model)).layers)
 
 
+ADDITIONS = ("stock", "routed_last")
+
+
+def set_additions(model: Model, order: str) -> Model:
+    """Chooses in which order a converted model's layers add up the full stream, in place; returns the model.
+
+    order: "stock", ``(full + attention) + (routed + shared)``, as stock models and AMD's Instella-MoE file do;
+        "routed_last", ``((full + attention) + shared) + routed``, as code that overlaps may, since it has the first sum
+        already. They differ by rounding, and checkpoints do not say which.
+    Raises UsageError for another order.
+    """
+    if order not in ADDITIONS:
+        raise UsageError(f"Unknown order of additions {order!r}; use one of {', '.join(ADDITIONS)}.")
+    for layer in _farskip_layers(model):
+        layer._routed_last = order == "routed_last"
+    return model
+
+
 @contextmanager
 def as_teacher(model: Model) -> Iterator[Model]:
     """Within it every layer runs standard connectivity, bit-equal to the stock model; restored on exit.
@@ -128,6 +146,11 @@ def moe_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     found = [part for layer in decoder_of(checked).layers for part in layer.children() if hasattr(part, "experts")]
     names = {id(module): name for name, module in checked.named_modules()}
     return [(names[id(block)], block) for block in found]
+
+
+def experts_are_transposed(model: nn.Module) -> bool:
+    """Whether the family keeps its experts as [E, in, out] instead of [E, out, in]; of a converted model."""
+    return any(layer.anatomy.block and layer.anatomy.block.scales_inputs for layer in _farskip_layers(model))
 
 
 def _farskip_layers(model: nn.Module) -> list[FarSkipLayer]:

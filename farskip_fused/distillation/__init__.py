@@ -1,5 +1,7 @@
 """FCSD: a converted model learns from what it was before; and how good either is."""
 
+from farskip_fused.distillation.blocks import Blocks
+from farskip_fused.distillation.config import PRESETS, DistillationConfig
 from farskip_fused.distillation.data import (
     Document,
     read_documents,
@@ -10,9 +12,13 @@ from farskip_fused.distillation.data import (
 )
 from farskip_fused.distillation.evaluation import Evaluation, evaluate, unigram_cross_entropy
 from farskip_fused.distillation.loss import cross_entropy, kl_divergence
-from farskip_fused.distillation.trainer import DistillationConfig, DistillationReport, distill
+from farskip_fused.distillation.report import DistillationReport
+from farskip_fused.distillation.saving import save_trained
+from farskip_fused.distillation.trainer import distill
 
 __all__ = [
+    "PRESETS",
+    "Blocks",
     "DistillationConfig",
     "DistillationReport",
     "Document",
@@ -22,6 +28,7 @@ __all__ = [
     "evaluate",
     "kl_divergence",
     "read_documents",
+    "save_trained",
     "split",
     "standard_library",
     "token_blocks",

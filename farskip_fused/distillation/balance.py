@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from farskip_fused.distillation.parallel import Parallel
 from farskip_fused.errors import UsageError
 from farskip_fused.router_losses import update_correction_bias
 
@@ -42,10 +44,10 @@ class ExpertBalance:
         for hook in self._hooks:
             hook.remove()
 
-    def step(self) -> None:
-        """Moves the biases by the tokens counted since the last step."""
+    def step(self, parallel: Parallel) -> None:
+        """Moves the biases by the tokens counted since the last step, at all ranks."""
         for bias, tokens in zip(self._biases, self._tokens, strict=True):
-            update_correction_bias(bias, tokens, self._rate)
+            update_correction_bias(bias, tokens, self._rate, dist.group.WORLD if parallel.world > 1 else None)
             tokens.zero_()
 
 

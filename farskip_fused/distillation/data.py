@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from farskip_fused.distillation.blocks import Blocks
+from farskip_fused.distillation.packing import Encoded, cut, pack, stream
+from farskip_fused.distillation.records import SUFFIXES, encode, read_records
 from farskip_fused.errors import UsageError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -38,12 +41,8 @@ def read_documents(path: str | os.PathLike[str], pattern: str = "*", skip: Itera
     skip: names of sub-directories that are left out, at any depth. Hidden files and directories and files that are not
     UTF-8 are left out too. Raises UsageError if nothing is left.
     """
-    root, skipped = Path(path), frozenset(skip)
-    if not root.exists():
-        raise UsageError(f"{root} does not exist; give a text file or a directory of text files.")
-    found = [root]
-    if root.is_dir():
-        found = sorted(file for file in root.rglob(pattern) if file.is_file() and _is_wanted(file, root, skipped))
+    root = Path(path)
+    found = _wanted_files(root, pattern, frozenset(skip))
     documents: dict[str, Document] = {}
     for file in found:
         content = file.read_bytes()
@@ -101,42 +100,39 @@ def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> Any:
     )
 
 
-def token_blocks(documents: Iterable[Document], tokenizer: Any, block_length: int) -> Tensor:
-    """The documents as blocks of token ids [N, block_length], int64.
-
-    Documents follow each other, each after an end-of-text token; what does not fill the last block is left out.
-    """
+def encode_documents(documents: Iterable[Document], tokenizer: Any, *, ended: bool) -> list[Encoded]:
+    """The documents as token ids, each after an end-of-text token and, if ``ended``, before one of its own."""
     boundary = tokenizer.eos_token_id
     if boundary is None:
         raise UsageError("The tokenizer has no end-of-text token (eos_token) to put between documents; set one.")
-    ids: list[int] = []
     # In one call, so that the tokenizer's threads work on many documents at once.
-    for encoded in tokenizer([document.text for document in documents], add_special_tokens=False)["input_ids"]:
-        ids.append(boundary)
-        ids.extend(encoded)
-    return cut(torch.tensor(ids, dtype=torch.int64), block_length)
+    encoded = tokenizer([document.text for document in documents], add_special_tokens=False)["input_ids"]
+    closing = [boundary] if ended else []
+    return [Encoded([boundary, *ids, *closing], [True] * (1 + len(ids) + len(closing))) for ids in encoded]
 
 
-def cut(ids: Tensor, block_length: int) -> Tensor:
-    """Token ids [n] as blocks [N, block_length]; what does not fill the last block is left out."""
-    if block_length < 2:
-        raise UsageError(f"Blocks of {block_length} tokens were asked for; 2 are needed to predict one from another.")
-    blocks = ids.numel() // block_length
-    if blocks == 0:
-        raise UsageError(f"The data has {ids.numel()} tokens, less than one block of {block_length}; give more.")
-    return ids[: blocks * block_length].view(blocks, block_length)
+def token_blocks(documents: Iterable[Document], tokenizer: Any, block_length: int) -> Tensor:
+    """The documents as blocks of token ids [N, block_length], int64, without bounds between documents.
 
-
-def as_blocks(data: Any, block_length: int, tokenizer: Any = None) -> Tensor:
-    """What a caller gives as data as blocks of token ids [N, T], int64.
-
-    data: a text file or a directory of them (needs ``tokenizer``), a tensor of ids [n], a tensor of blocks [N, T],
-    which is taken as it is, or an iterable of ids.
+    Documents follow each other, each after an end-of-text token; what does not fill the last block is left out.
     """
+    return stream(encode_documents(documents, tokenizer, ended=False), block_length).ids
+
+
+def as_blocks(data: Any, block_length: int, tokenizer: Any = None, *, answers_only: bool = True) -> Blocks:
+    """What a caller gives as data as blocks of token ids.
+
+    data: a text file, a JSONL or Parquet file of records (see ``records.KINDS``), or a directory of them (needs
+    ``tokenizer``); a tensor of ids [n]; a tensor of blocks [N, T] or ``Blocks``, which are taken as they are; or an
+    iterable of ids. What is read from files is packed, attention stays within documents, and with ``answers_only`` only
+    the answers of chats and prompts count.
+    """
+    if isinstance(data, Blocks):
+        return data
     if isinstance(data, str | os.PathLike):
         if tokenizer is None:
             raise UsageError(f"The text of {data} needs a tokenizer to become token ids; give tokenizer=.")
-        return token_blocks(read_documents(data), tokenizer, block_length)
+        return _read_blocks(Path(data), block_length, tokenizer, answers_only)
     if not isinstance(data, Tensor):
         try:
             data = torch.tensor(list(data))
@@ -146,9 +142,34 @@ def as_blocks(data: Any, block_length: int, tokenizer: Any = None) -> Tensor:
         raise TypeError(f"Token ids have dtype {data.dtype}; give integers.")
     if data.ndim not in (1, 2) or (data.ndim == 2 and data.shape[1] < 2):
         raise UsageError(f"Token ids have shape {list(data.shape)}; give [n], or blocks [N, T] of two or more tokens.")
-    return data.long() if data.ndim == 2 else cut(data.long(), block_length)
+    return Blocks(data.long() if data.ndim == 2 else cut(data.long(), block_length))
+
+
+def _read_blocks(path: Path, block_length: int, tokenizer: Any, answers_only: bool) -> Blocks:
+    files = _wanted_files(path)
+    records = [file for file in files if file.suffix in SUFFIXES]
+    if not records:
+        return stream(encode_documents(read_documents(path), tokenizer, ended=True), block_length)
+    if len(records) < len(files):
+        odd = next(file for file in files if file.suffix not in SUFFIXES)
+        raise UsageError(f"{path} holds records ({records[0].name}) and plain text ({odd.name}); give one kind.")
+    found = (record for file in records for record in read_records(file))
+    documents = [encode(where, record, tokenizer, answers_only=answers_only) for where, record in found]
+    blocks = pack(documents, block_length, padding=tokenizer.eos_token_id or 0)
+    if not blocks.predictions():
+        raise UsageError(f"No token of {path} counts: in blocks of {block_length} tokens there is no answer.")
+    return blocks
 
 
 def _is_wanted(file: Path, root: Path, skipped: frozenset[str]) -> bool:
     parts = file.relative_to(root).parts
     return not any(part.startswith(".") for part in parts) and skipped.isdisjoint(parts[:-1])
+
+
+def _wanted_files(root: Path, pattern: str = "*", skipped: frozenset[str] = frozenset()) -> list[Path]:
+    """A file itself, or a directory's files, sorted; hidden ones are left out."""
+    if not root.exists():
+        raise UsageError(f"{root} does not exist; give a text file or a directory of text files.")
+    if not root.is_dir():
+        return [root]
+    return sorted(file for file in root.rglob(pattern) if file.is_file() and _is_wanted(file, root, skipped))

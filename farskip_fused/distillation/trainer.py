@@ -2,100 +2,37 @@
 
 from __future__ import annotations
 
-import copy
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import nn
 
-from farskip_fused.connectivity import Connectivity
 from farskip_fused.distillation.balance import ExpertBalance
+from farskip_fused.distillation.blocks import Blocks
+from farskip_fused.distillation.config import DistillationConfig
 from farskip_fused.distillation.data import as_blocks
-from farskip_fused.distillation.evaluation import Evaluation, checked_head, evaluate, predicting_states
-from farskip_fused.distillation.loss import CHUNK_SIZE, cross_entropy, kl_divergence
+from farskip_fused.distillation.early_stopping import EarlyStopping, Snapshot
+from farskip_fused.distillation.evaluation import BATCH_TOKENS, Evaluation, evaluate
+from farskip_fused.distillation.forward import checked_head, device_of, eval_mode
+from farskip_fused.distillation.guard import Guard
+from farskip_fused.distillation.logs import Logs, progress_bar
+from farskip_fused.distillation.objective import objective
+from farskip_fused.distillation.optimiser import Optimiser, choose_parameters
+from farskip_fused.distillation.parallel import Parallel, Sharded, distribute, shard
+from farskip_fused.distillation.report import DistillationReport
+from farskip_fused.distillation.resume import Checkpoints, fingerprint, generators, numbered, set_generators
+from farskip_fused.distillation.teacher import Separate, Shared, Teacher, teacher_of
 from farskip_fused.errors import UsageError
 
-OBJECTIVES = ("kl", "sft")
-WARMUP_STEPS = 1000
-
-
-@dataclass(frozen=True)
-class DistillationConfig:
-    """How to train. Defaults are the paper's where it says something, for a checkpoint of billions of parameters.
-
-    objective: "kl", FCSD's forward KL(teacher || student) per token; "sft", cross-entropy of the text.
-    steps: optimizer steps; None: one pass over the data.
-    batch_tokens: tokens a step, rounded down to whole blocks.
-    micro_batch_tokens: tokens a forward pass; gradients of a batch are summed over its micro-batches.
-    block_length: tokens a block, where the data are not blocks already.
-    learning_rate: the peak, reached by linear warm-up and left on a cosine down to ``final_learning_rate`` times it.
-    warmup_steps: None: 1000, but at most a tenth of the steps.
-    weight_decay: of matrices; vectors (norms, biases) have none.
-    gradient_clip: largest norm of the gradient of a step.
-    evaluations: how often to evaluate on the validation data, at equal distances; the last time is after the last step.
-    chunk_size: tokens whose logits exist at the same time.
-    balance_rate: by how much a step moves the bias of an expert that is used too much or too little, see
-        ``ExpertBalance``; 0, the default, leaves the routers' biases as they are.
-    seed: of the order of the blocks and of torch's generators.
-    """
-
-    objective: str = "kl"
-    steps: int | None = None
-    batch_tokens: int = 2**16
-    micro_batch_tokens: int = 2**13
-    block_length: int = 1024
-    learning_rate: float = 2e-5
-    final_learning_rate: float = 0.1
-    warmup_steps: int | None = None
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    gradient_clip: float = 1.0
-    evaluations: int = 1
-    chunk_size: int = CHUNK_SIZE
-    balance_rate: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise UsageError(f"Unknown objective {self.objective!r}; use one of {', '.join(OBJECTIVES)}.")
-        positive = ("batch_tokens", "micro_batch_tokens", "learning_rate", "gradient_clip", "chunk_size")
-        for name in positive if self.steps is None else (*positive, "steps"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be greater than 0.")
-        for name in ("weight_decay", "final_learning_rate", "evaluations", "warmup_steps", "balance_rate"):
-            if (getattr(self, name) or 0) < 0:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must not be negative.")
-
-
-@dataclass(frozen=True)
-class DistillationReport:
-    """What a training did. ``losses`` and ``evaluations`` are pairs with the number of tokens trained on before."""
-
-    objective: str
-    steps: int
-    tokens: int
-    seconds: float
-    losses: list[tuple[int, float]]
-    evaluations: list[tuple[int, Evaluation]]
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON: pairs as lists."""
-        return asdict(self) | {
-            "losses": [list(pair) for pair in self.losses],
-            "evaluations": [[tokens, evaluation.to_dict()] for tokens, evaluation in self.evaluations],
-            "tokens_per_second": self.tokens_per_second,
-        }
+Metric = Callable[[Any], float]
 
 
 def distill(
@@ -105,7 +42,13 @@ def distill(
     *,
     teacher: nn.Module | None = None,
     validation: Any = None,
+    metric: Metric | None = None,
     tokenizer: Any = None,
+    parallel: str | None = None,
+    folder: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
+    tensorboard: bool = False,
     description: str | None = None,
     console: Console | None = None,
     **overrides: Any,
@@ -113,160 +56,293 @@ def distill(
     """Trains ``model`` in place; by default FCSD, which recovers what conversion has cost a model.
 
     model: a causal language model of transformers, converted by ``ff.convert`` where it is to be its own teacher.
-    data: a text file or a directory of them (needs ``tokenizer``), or token ids: a tensor [n] or of blocks [N, T], or
-        an iterable. validation: the same, to evaluate on.
+    data: see ``as_blocks``: files (need ``tokenizer``) or token ids. validation: the same, to evaluate on.
     config, overrides: a ``DistillationConfig`` and fields of it that differ: ``distill(model, data, steps=100)``.
-    teacher: the model to learn from, used as it is and not changed; by default, for objective "kl", a copy of ``model``
-        from before training with standard connectivity. With objective "sft" it is only compared with.
+    teacher: the model to learn from; by default, for the objectives with a divergence, ``model`` as it was before
+        training with standard connectivity. With objective "sft" it is only compared with.
+    metric: what early stopping looks at: from the model, in eval mode, to a number of which more is better. The weights
+        in the end are those that it found best.
+    parallel: under torchrun "fsdp" (FSDP2; a teacher is sharded too, in place) or "ep" (``ff.parallelize``); every rank
+        calls with the same model and data. ``save_trained`` puts the model together again.
+    folder: where ``log.jsonl``, TensorBoard's events if ``tensorboard``, and training states go, the latter every
+        ``checkpoint_every`` steps. resume: go on from the last state there, bit for bit as if never interrupted, with
+        the model, data and configuration that it began with.
     description, console: label of the progress bar and where it is drawn.
 
-    Raises UsageError for bad arguments, before training, and FloatingPointError for a loss or gradient that is not
-    finite, with the step named and the weights of the step before.
+    Parameters of 16 bits are trained through float32 versions.
+    Raises UsageError for bad arguments, before training, and FloatingPointError when training diverges: more steps in
+    a row than ``config.most_skipped`` were not finite or exploded; the weights are then the best ones that were seen.
     """
-    config = replace(config or DistillationConfig(), **_known(overrides))
-    blocks = as_blocks(data, config.block_length, tokenizer)
-    held_out = None if validation is None else as_blocks(validation, config.block_length, tokenizer)
+    config = (config or DistillationConfig()).changed(**overrides)
+    if checkpoint_every is not None and (folder is None or checkpoint_every < 1):
+        raise UsageError(f"checkpoint_every is {checkpoint_every}; it must be at least 1, with a folder to write to.")
+    place = None if folder is None else Path(folder)
+    if resume and place is None:
+        raise UsageError("To resume, give the folder of the training.")
+    if parallel == "fsdp" and config.teacher_form in ("offload", "int8"):
+        raise UsageError(
+            f"With fsdp the teacher is sharded, too; teacher_form {config.teacher_form!r} needs one process."
+        )
+    blocks = as_blocks(data, config.block_length, tokenizer, answers_only=config.answers_only)
+    held_out = None
+    if validation is not None:
+        held_out = as_blocks(validation, config.block_length, tokenizer, answers_only=config.answers_only)
     head = checked_head(model, blocks)
     if teacher is not None:
         checked_head(teacher, blocks, vocabulary=head.out_features)
-    with _teacher_of(model, teacher, config) as resolved:
-        return _train(model, blocks, config, resolved, held_out, description or config.objective, console)
+    with ExitStack() as stack:
+        stack.enter_context(choose_parameters(model, config))
+        # A copy is made of the whole model; a shared teacher of what each rank holds.
+        taught_by = stack.enter_context(_separate_teacher(model, teacher, config, parallel))
+        ranks = distribute(model, parallel, max(config.micro_batch_tokens, blocks.block_length))
+        if isinstance(ranks, Sharded) and isinstance(taught_by, Separate):
+            shard(taught_by.model, ranks.device, trained=False)
+        if taught_by is None and config.objective != "sft":
+            taught_by = Shared(model)
+        training = _Training(model, blocks, config, taught_by, held_out, metric, ranks)
+        stack.callback(training.close)
+        if place is not None:
+            training.keep_states_in(place, checkpoint_every, resume)
+        shown = console if ranks.rank == 0 else Console(quiet=True)
+        log_to = place if ranks.rank == 0 else None
+        with Logs(log_to, tensorboard=tensorboard, from_step=training.progress.step) as logs:
+            return training.run(logs, description or config.objective, shown)
 
 
-def learning_rate_factor(step: int, steps: int, warmup: int, final: float) -> float:
-    """Share of the peak learning rate at optimizer step ``step`` of ``steps``, counted from 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - 1 - warmup)
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+def _separate_teacher(
+    model: nn.Module, given: nn.Module | None, config: DistillationConfig, parallel: str | None
+) -> AbstractContextManager[Teacher | None]:
+    """The teacher, if it is a model of its own."""
+    if given is None and config.objective == "sft":
+        return nullcontext()
+    form = config.teacher_form
+    if parallel == "fsdp" and form == "shared":
+        # FSDP owns the shards of what is trained; other weights cannot take their place.
+        form = "copy"
+    if given is None and form == "shared":
+        return nullcontext()
+    return teacher_of(model, given, form)
 
 
-def _train(
-    model: nn.Module,
-    blocks: Tensor,
-    config: DistillationConfig,
-    teacher: nn.Module | None,
-    validation: Tensor | None,
-    description: str,
-    console: Console | None,
-) -> DistillationReport:
-    block_length = blocks.shape[1]
-    batch = config.batch_tokens // block_length
-    if not 0 < batch <= len(blocks):
-        raise UsageError(
-            f"A batch of {config.batch_tokens} tokens must hold at least one block of {block_length} and at most the"
-            f" data's {blocks.numel()} tokens; change batch_tokens."
-        )
-    micro = max(1, config.micro_batch_tokens // block_length)
-    steps = config.steps or len(blocks) // batch
-    warmup = config.warmup_steps if config.warmup_steps is not None else min(WARMUP_STEPS, steps // 10)
-    torch.manual_seed(config.seed)
-    order = _order(len(blocks), torch.Generator().manual_seed(config.seed))
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = _optimizer(parameters, config)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, steps, warmup, config.final_learning_rate)
-    )
-    balancing = ExpertBalance(model, config.balance_rate) if config.balance_rate else nullcontext()
-    loss_of = _objective(model, teacher, config)
-    evaluate_after = _evenly(steps, config.evaluations if validation is not None else 0)
-    losses: list[tuple[int, float]] = []
-    evaluations: list[tuple[int, Evaluation]] = []
-    was_training = model.training
-    seconds = 0.0
-    with _progress(console) as progress, balancing as balance:
-        task = progress.add_task(description, total=steps, loss=math.nan, speed=0.0)
-        for step in range(steps):
-            started = time.perf_counter()
-            model.train()
-            ids = blocks[[next(order) for _ in range(batch)]]
-            loss = 0.0
-            for part in ids.split(micro):
-                share = loss_of(part) * (len(part) / batch)
-                share.backward()
-                loss += share.item()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, config.gradient_clip).item()
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                model.train(was_training)
-                optimizer.zero_grad()
-                raise FloatingPointError(
-                    f"Step {step + 1} of {steps} has loss {loss} and gradient norm {norm} at learning rate"
-                    f" {schedule.get_last_lr()[0]:.1e}; lower learning_rate or look at the data."
-                )
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            if balance is not None:
-                balance.step()
-            tokens = (step + 1) * batch * block_length
-            losses.append((tokens, loss))
-            seconds += time.perf_counter() - started
-            if validation is not None and step + 1 in evaluate_after:
-                evaluations.append((tokens, evaluate(model, validation, teacher, chunk_size=config.chunk_size)))
-            progress.update(task, advance=1, loss=loss, speed=tokens / seconds)
-    model.train(was_training)
-    return DistillationReport(config.objective, steps, steps * batch * block_length, seconds, losses, evaluations)
+@dataclass
+class _Progress:
+    """Where a training stands; all of it is stored. step: steps done or skipped."""
+
+    step: int = 0
+    seconds: float = 0.0
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    evaluations: list[tuple[int, Evaluation]] = field(default_factory=list)
+    metrics: list[tuple[int, float]] = field(default_factory=list)
+    best_tokens: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        evaluations = [[tokens, each.to_dict()] for tokens, each in self.evaluations]
+        return vars(self) | {"evaluations": evaluations}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> _Progress:
+        pairs = {name: [(each[0], each[1]) for each in values[name]] for name in ("losses", "metrics")}
+        evaluations = [(tokens, Evaluation(**each)) for tokens, each in values["evaluations"]]
+        return cls(**values | pairs | {"evaluations": evaluations})
 
 
-def _objective(model: nn.Module, teacher: nn.Module | None, config: DistillationConfig) -> Callable[[Tensor], Tensor]:
-    """The loss of a micro-batch of token ids [B, T], as a function."""
-    head = cast(Any, model).get_output_embeddings()
+class _Training:
+    """One training: its parts, and where it stands."""
 
-    def sft(ids: Tensor) -> Tensor:
-        hidden = predicting_states(model, ids)
-        return cross_entropy(hidden, head, ids[:, 1:].flatten().to(hidden.device), config.chunk_size)
-
-    def kl(ids: Tensor) -> Tensor:
-        taught = _taught_states(cast(nn.Module, teacher), ids)
-        return kl_divergence(predicting_states(model, ids), head, taught, teacher_head, config.chunk_size)
-
-    if config.objective == "sft":
-        return sft
-    teacher_head = cast(Any, teacher).get_output_embeddings()
-    return kl
-
-
-@torch.no_grad()
-def _taught_states(teacher: nn.Module, ids: Tensor) -> Tensor:
-    return predicting_states(teacher, ids)
-
-
-@contextmanager
-def _teacher_of(model: nn.Module, given: nn.Module | None, config: DistillationConfig) -> Iterator[nn.Module | None]:
-    """The teacher, in eval mode within."""
-    if given is not None:
-        if given is model:
-            raise UsageError("The teacher is the model itself and would change with it; leave it out to have a copy.")
-        was_training = given.training
-        try:
-            yield given.eval()
-        finally:
-            given.train(was_training)
-    elif config.objective == "sft":
-        yield None
-    else:
-        from farskip_fused.conversion import as_teacher, connectivity_of
-
-        if all(connectivity == Connectivity.standard() for connectivity in connectivity_of(model)):
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Blocks,
+        config: DistillationConfig,
+        teacher: Teacher | None,
+        validation: Blocks | None,
+        metric: Metric | None,
+        parallel: Parallel,
+    ) -> None:
+        self.model, self.blocks, self.config, self.teacher = model, blocks, config, teacher
+        self.validation, self.metric, self.parallel = validation, metric, parallel
+        self.batch = config.batch_tokens // blocks.block_length // parallel.world * parallel.world
+        if not 0 < self.batch <= len(blocks):
             raise UsageError(
-                "The model has standard connectivity, so it equals its teacher; convert it with ff.convert."
+                f"A batch of {config.batch_tokens} tokens must hold at least one block of {blocks.block_length} for"
+                f" each of {parallel.world} ranks and at most the data's {blocks.numel()} tokens; change batch_tokens."
             )
-        with as_teacher(copy.deepcopy(model).requires_grad_(False).eval()) as teacher:
-            yield teacher
+        self.micro = max(1, config.micro_batch_tokens // blocks.block_length)
+        self.steps = config.steps or len(blocks) // self.batch
+        self.tokens_of_a_step = self.batch * blocks.block_length
+        self.optimiser = Optimiser(model, config, self.steps)
+        self.loss_of = objective(model, teacher, config)
+        self.guard = Guard(config.explosion, config.most_skipped)
+        self.stopping = EarlyStopping(config.patience, config.metric_drop)
+        self.best = Snapshot(model)
+        self.progress = _Progress()
+        self.states: Checkpoints | None = None
+        self.state_every: int | None = None
+        self.was_training = model.training
+        torch.manual_seed(config.seed + parallel.rank)
+        if device_of(model).type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device_of(model))
+
+    def close(self) -> None:
+        self.optimiser.close()
+        self.model.train(self.was_training)
+
+    def keep_states_in(self, folder: Path, every: int | None, resume: bool) -> None:
+        self.states = Checkpoints(
+            folder, fingerprint(self.model, self.blocks, self.config, self.parallel), self.parallel
+        )
+        self.state_every = every
+        if self.states.steps() and not resume:
+            raise UsageError(f"{folder} holds states of a training; resume it, or name another folder.")
+        if self.states.steps():
+            self._restore(self.states)
+
+    def run(self, logs: Logs, description: str, console: Console | None) -> DistillationReport:
+        config = self.config
+        evaluate_after = _evenly(self.steps, config.evaluations if self.validation is not None else 0)
+        order = itertools.islice(_order(len(self.blocks), config.seed), self.progress.step * self.batch, None)
+        balancing = ExpertBalance(self.model, config.balance_rate) if config.balance_rate else nullcontext()
+        with progress_bar(console) as bar, balancing as balance:
+            task = bar.add_task(description, total=self.steps, completed=self.progress.step, loss=math.nan, speed=0.0,
+                                memory="")  # fmt: skip
+            while self.progress.step < self.steps and not self._stops:
+                batch = self.blocks[list(itertools.islice(order, self.batch))]
+                loss = self._step(batch, logs)
+                if balance is not None:
+                    balance.step(self.parallel)
+                step = self.progress.step
+                if step in evaluate_after:
+                    self._evaluate(logs)
+                if self.metric is not None and (step % config.metric_every == 0 or step == self.steps):
+                    self._look(logs)
+                if self.states is not None and self.state_every is not None and step % self.state_every == 0:
+                    self._save(self.states)
+                speed = self.tokens / self.progress.seconds
+                bar.update(task, advance=1, loss=loss, speed=speed, memory=_memory(self._peak()))
+        if self.metric is not None and self.best.tensors:
+            self.best.restore()
+        return self._report()
+
+    @property
+    def _stops(self) -> bool:
+        return self.metric is not None and self.stopping.stops
+
+    @property
+    def tokens(self) -> int:
+        return self.progress.step * self.tokens_of_a_step
+
+    def _step(self, batch: Blocks, logs: Logs) -> float:
+        """One optimizer step, taken or skipped; returns its loss."""
+        started = time.perf_counter()
+        step, progress = self.progress.step, self.progress
+        self.model.train()
+        total = max(1, batch.predictions())
+        loss = 0.0
+        for part in self.parallel.share(batch).split(self.micro):
+            share = self.loss_of(part) * (part.predictions() / total)
+            (share * self.parallel.loss_scale).backward()
+            loss += share.item()
+        (loss,) = self.parallel.sum([loss])
+        norm = self.optimiser.gradient_norm(self.parallel)
+        progress.step += 1
+        if self.guard.permits(progress.step, loss, norm):
+            self.optimiser.step(step, norm)
+            progress.losses.append((self.tokens, loss))
+        else:
+            self.optimiser.clear()
+            logs.write("skipped", progress.step, self.tokens, {"loss": loss, "norm": norm})
+            if self.guard.diverged:
+                self._give_up()
+        progress.seconds += time.perf_counter() - started
+        values = {"loss": loss, "gradient_norm": norm, "learning_rate": self.optimiser.learning_rate(step)}
+        speed = {"tokens_per_second": self.tokens / progress.seconds}
+        memory = {} if self._peak() is None else {"peak_bytes": self._peak()}
+        logs.write("step", progress.step, self.tokens, values | speed | memory)
+        return loss
+
+    def _give_up(self) -> None:
+        step, loss, norm = self.guard.skipped[-1]
+        where = "those of the last step that was taken"
+        if self.best.tensors:
+            self.best.restore()
+            where = "the best that were evaluated"
+        raise FloatingPointError(
+            f"Training diverged: {self.guard.in_a_row} steps in a row up to {step} of {self.steps} were skipped, the"
+            f" last with loss {loss} and gradient norm {norm}; lower learning_rate or look at the data. The weights are"
+            f" {where}."
+        )
+
+    def _evaluate(self, logs: Logs) -> None:
+        assert self.validation is not None
+        found = evaluate(
+            self.model,
+            self.validation,
+            self.teacher,
+            batch_tokens=min(BATCH_TOKENS, self.config.micro_batch_tokens),
+            chunk_size=self.config.chunk_size,
+            parallel=self.parallel,
+        )
+        self.progress.evaluations.append((self.tokens, found))
+        logs.write("evaluation", self.progress.step, self.tokens, found.to_dict())
+        # Without a metric the best weights are there for a training that diverges.
+        if self.metric is None and self.stopping.is_best(-(found.val_ce if found.kl is None else found.kl)):
+            self.best.take()
+
+    def _look(self, logs: Logs) -> None:
+        assert self.metric is not None
+        with eval_mode(self.model):
+            value = float(self.metric(self.model))
+        self.progress.metrics.append((self.tokens, value))
+        logs.write("metric", self.progress.step, self.tokens, {"value": value, "best": max(value, self.stopping.best)})
+        if self.stopping.is_best(value):
+            self.best.take()
+            self.progress.best_tokens = self.tokens
+
+    def _peak(self) -> int | None:
+        device = device_of(self.model)
+        return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+    def _report(self) -> DistillationReport:
+        progress = self.progress
+        return DistillationReport(
+            self.config.objective, progress.step, self.tokens, progress.seconds, progress.losses, progress.evaluations,
+            progress.metrics, progress.best_tokens, self.guard.skipped, self._stops, self._peak(),
+        )  # fmt: skip
+
+    def _tensors(self) -> dict[str, Any]:
+        """All that a state consists of; loading fills these very tensors."""
+        names = {each.name: self.parallel.key(each.parameter, each.name) for each in self.optimiser.trained}
+        rank = f"rank{self.parallel.rank}"
+        return {
+            "trained": {names[name]: state for name, state in self.optimiser.state().items()},
+            "buffers": dict(self.model.named_buffers()),
+            "generators": {rank: generators(device_of(self.model))},
+            "best": {rank: numbered(self.best.tensors)},
+        }
+
+    def _save(self, states: Checkpoints) -> None:
+        guard = {"norms": self.guard.norms, "skipped": self.guard.skipped, "in_a_row": self.guard.in_a_row}
+        stopping = {"best": self.stopping.best, "below": self.stopping.below}
+        record = {"progress": self.progress.to_dict(), "guard": guard, "stopping": stopping}
+        states.save(self.progress.step, self._tensors(), record | {"has_best": bool(self.best.tensors)})
+
+    def _restore(self, states: Checkpoints) -> None:
+        record = states.progress()
+        if record["has_best"]:
+            self.best.take()  # tensors to load into
+        tensors = self._tensors()
+        states.load(tensors)
+        self.optimiser.round()
+        set_generators(tensors["generators"][f"rank{self.parallel.rank}"], device_of(self.model))
+        self.progress = _Progress.from_dict(record["progress"])
+        skipped = [(each[0], each[1], each[2]) for each in record["guard"].pop("skipped")]
+        self.guard = Guard(self.config.explosion, self.config.most_skipped, skipped=skipped, **record["guard"])
+        self.stopping = EarlyStopping(self.config.patience, self.config.metric_drop, **record["stopping"])
 
 
-def _optimizer(parameters: list[nn.Parameter], config: DistillationConfig) -> torch.optim.AdamW:
-    if not parameters:
-        raise UsageError("No parameter of the model requires a gradient; unfreeze what is to be trained.")
-    groups = [
-        {"params": [each for each in parameters if each.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [each for each in parameters if each.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-
-
-def _order(blocks: int, generator: torch.Generator) -> Iterator[int]:
+def _order(blocks: int, seed: int) -> Iterator[int]:
     """Indices of blocks without end: one random permutation after the other."""
+    generator = torch.Generator().manual_seed(seed)
     while True:
         yield from torch.randperm(blocks, generator=generator).tolist()
 
@@ -275,20 +351,5 @@ def _evenly(steps: int, times: int) -> set[int]:
     return {round(steps * (index + 1) / times) for index in range(min(times, steps))}
 
 
-def _known(overrides: dict[str, Any]) -> dict[str, Any]:
-    fields = DistillationConfig.__dataclass_fields__
-    unknown = sorted(overrides.keys() - fields.keys())
-    if unknown:
-        raise UsageError(f"Unknown option {', '.join(unknown)}; DistillationConfig has {', '.join(fields)}.")
-    return overrides
-
-
-def _progress(console: Console | None) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}, {task.fields[speed]:,.0f} tokens/s"),
-        TimeRemainingColumn(),
-        console=console,
-    )
+def _memory(peak: int | None) -> str:
+    return "" if peak is None else f", {peak / 2**30:.1f} GiB"

@@ -9,7 +9,9 @@ import torch
 
 import farskip_fused as ff
 from farskip_fused import cli
-from farskip_fused.distillation import evaluate, read_documents, token_blocks, train_tokenizer
+from farskip_fused.conversion import connectivity_of
+from farskip_fused.distillation import evaluate, read_documents, train_tokenizer
+from farskip_fused.distillation.data import as_blocks
 
 SMALL = ("--block-length", "16", "--batch-tokens", "64", "--learning-rate", "5e-3")
 
@@ -53,7 +55,7 @@ def test_eval_gives_what_the_library_gives(capsys, tmp_path, text, checkpoints):
     assert "KL to teacher" in out
     model = ff.load(converted)
     tokenizer = train_tokenizer(read_documents(text), 300)
-    blocks = token_blocks(read_documents(text), tokenizer, 16)
+    blocks = as_blocks(text, 16, tokenizer)
     report = json.loads(file.read_text())
     assert report["val_ce"] == pytest.approx(evaluate(model, blocks).val_ce, rel=1e-6)
     assert report["kl"] == pytest.approx(evaluate(model, blocks, ff.revert(ff.load(converted))).kl, rel=1e-5)
@@ -121,6 +123,13 @@ def test_an_existing_output_is_kept_unless_told(capsys, tmp_path, text, checkpoi
         ),
         (("eval", "bare", "--data", "text"), "holds no tokenizer"),
         (("eval", "converted", "--data", "text", "--device", "abacus"), "Device 'abacus' is not there"),
+        (("eval", "converted"), "Nothing to evaluate"),
+        (("eval", "converted", "--functions", "4", "--teacher", "stock"), "give --data"),
+        (("eval", "converted", "--mbpp", "nowhere.jsonl"), "nowhere.jsonl is not there"),
+        (("distill", "converted", "out", "--data", "text", "--preset", "large"), "Unknown preset 'large'"),
+        (("distill", "converted", "out", "--data", "text", "--parallel", "fsdp"), "start with: torchrun"),
+        (("distill", "converted", "out", "--data", "text", "--resume", *SMALL), "give the folder"),
+        (("distill", "stock", "out", "--data", "text", "--layers", "last:200%", *SMALL), "'last:200%'"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(capsys, tmp_path, monkeypatch, checkpoints, arguments, part):
@@ -143,3 +152,40 @@ def test_distilled_weights_differ_from_the_source_and_leave_it(capsys, tmp_path,
     after = ff.load(tmp_path / "output").state_dict()
     assert not torch.equal(after["lm_head.weight"], before["lm_head.weight"])
     assert all(torch.equal(tensor, before[name]) for name, tensor in ff.load(converted).state_dict().items())
+
+
+def test_a_stock_checkpoint_is_converted_swept_stopped_and_logged(capsys, tmp_path, text, checkpoints):
+    """Everything at once: the last layers converted and trained, a sweep before, early stopping, a log."""
+    stock, _ = checkpoints
+    output, work, file = tmp_path / "output", tmp_path / "work", tmp_path / "report.json"
+    tasks = tmp_path / "mbpp.jsonl"
+    tasks.write_text(json.dumps({"task_id": 1, "text": "One.", "test_list": ["assert one() == 1"]}) + "\n")
+    code, out, _ = run(
+        capsys, "distill", stock, output, "--data", text, "--preset", "demo", "--layers", "last:50%",
+        "--train-layers", "last:50%", "--objective", "kl+l2", "--sweep", "lr", "--sweep-steps", 1, "--steps", 4,
+        "--block-length", 16, "--batch-tokens", 64, "--stop-on", tasks, "--metric-every", 1, "--patience", 1,
+        "--work", work, "--checkpoint-every", 1, "--teacher-form", "int8", "--json", file,
+    )  # fmt: skip
+    assert code == 0
+    assert "Sweep of learning rate" in out
+    assert "with whole logits it would take" in " ".join(out.split())
+    report = json.loads(file.read_text())
+    assert [trial["value"] for trial in report["sweeps"][0]["trials"]] == [2e-5, 4e-5, 8e-5]
+    assert report["config"]["learning_rate"] == report["sweeps"][0]["winner"]
+    assert report["config"]["patience"] == 1
+    assert [value for _, value in report["metrics"]] == [0.0] * 4
+    assert (report["best_tokens"], report["stopped_early"]) == (64, False)
+    assert len((work / "log.jsonl").read_text().splitlines()) == 8
+    model = ff.load(output)
+    names = [connectivity.name for connectivity in connectivity_of(model)]
+    assert names == ["standard", "standard", "farskip", "farskip"]
+
+
+def test_eval_solves_small_functions(capsys, tmp_path, text, build):
+    ff.convert(build(vocab_size=300, max_position_embeddings=256)).save_pretrained(tmp_path / "model")
+    train_tokenizer(read_documents(text), 300).save_pretrained(tmp_path / "model")
+    file = tmp_path / "report.json"
+    code, out, _ = run(capsys, "eval", tmp_path / "model", "--functions", 3, "--max-new-tokens", 2, "--json", file)
+    assert code == 0
+    assert "small functions, pass@1 of 3" in out
+    assert json.loads(file.read_text())["functions"] == {"pass_at_1": 0.0, "tasks": 3, "solved": [False] * 3}

@@ -119,19 +119,22 @@ def test_a_vocabulary_without_room_for_the_bytes_is_refused(library):
 @pytest.mark.parametrize("data", [list(range(10)), range(10), torch.arange(10), torch.arange(10, dtype=torch.int32)])
 def test_ids_are_cut_into_blocks(data):
     blocks = as_blocks(data, 4)
-    assert blocks.dtype == torch.int64
-    assert blocks.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert blocks.ids.dtype == torch.int64
+    assert blocks.ids.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert blocks.positions is blocks.counted is None
 
 
 def test_blocks_are_taken_as_they_are():
     given = torch.arange(12).view(4, 3)
-    assert torch.equal(as_blocks(given, 8), given)
+    assert torch.equal(as_blocks(given, 8).ids, given)
 
 
 def test_a_path_is_read_with_the_tokenizer(library):
     documents = read_documents(library)
     tokenizer = train_tokenizer(documents, 270)
-    assert torch.equal(as_blocks(library, 4, tokenizer), token_blocks(documents, tokenizer, 4))
+    blocks = as_blocks(library, 4, tokenizer)
+    ended = [id for each in documents for id in (0, *tokenizer(each.text)["input_ids"], 0)]
+    assert blocks.ids.flatten().tolist() == ended[: blocks.numel()]
     with pytest.raises(UsageError, match="needs a tokenizer"):
         as_blocks(str(library), 4)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from farskip_fused.distillation.loss import cross_entropy, kl_divergence
+from farskip_fused.distillation.memory import loss_bytes, loss_memory, naive_kl_divergence
 
 TOKENS, HIDDEN, VOCABULARY = 37, 12, 29
 CHUNKS = [1, 8, 37, 1000]
@@ -24,13 +25,6 @@ def problem(dtype: torch.dtype, bias: bool = True) -> tuple[torch.Tensor, nn.Lin
     return student, student_head, (3 * torch.randn(TOKENS, HIDDEN + 4)).to(dtype), teacher_head
 
 
-def naive_kl(hidden, head, teacher_hidden, teacher_head):
-    return F.kl_div(
-        F.log_softmax(head(hidden), -1), F.log_softmax(teacher_head(teacher_hidden), -1), log_target=True,
-        reduction="batchmean",
-    )  # fmt: skip
-
-
 def gradients(loss: torch.Tensor, hidden: torch.Tensor, head: nn.Linear) -> list[torch.Tensor]:
     inputs = [hidden, head.weight] + ([] if head.bias is None else [head.bias])
     return list(torch.autograd.grad(loss, inputs))
@@ -40,7 +34,7 @@ def gradients(loss: torch.Tensor, hidden: torch.Tensor, head: nn.Linear) -> list
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_kl_equals_the_naive_one_in_float64(chunk, bias):
     hidden, head, teacher_hidden, teacher_head = problem(torch.float64, bias)
-    expected = naive_kl(hidden, head, teacher_hidden, teacher_head)
+    expected = naive_kl_divergence(hidden, head, teacher_hidden, teacher_head)
     actual = kl_divergence(hidden, head, teacher_hidden, teacher_head, chunk)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
     for ours, theirs in zip(gradients(3 * actual, hidden, head), gradients(3 * expected, hidden, head), strict=True):
@@ -63,7 +57,7 @@ def test_kl_in_low_precision_is_near_float64(dtype, tolerance):
     hidden, head, teacher_hidden, teacher_head = problem(dtype)
     wide = hidden.detach().double().requires_grad_()
     wide_heads = [copy.deepcopy(each).double() for each in (head, teacher_head)]
-    expected = naive_kl(wide, wide_heads[0], teacher_hidden.double(), wide_heads[1])
+    expected = naive_kl_divergence(wide, wide_heads[0], teacher_hidden.double(), wide_heads[1])
     actual = kl_divergence(hidden, head, teacher_hidden, teacher_head, 8)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=0)
@@ -112,3 +106,45 @@ def test_logits_of_a_chunk_only_exist():
     with Recorder():
         kl_divergence(hidden, head, teacher_hidden, teacher_head, 8).backward()
     assert max(rows) <= max(8, HIDDEN + 4)
+
+
+def test_no_tokens_have_no_loss_and_no_gradient():
+    hidden, head, teacher_hidden, teacher_head = problem(torch.float32)
+    loss = kl_divergence(hidden[:0], head, teacher_hidden[:0], teacher_head, 8)
+    loss.backward()
+    assert loss.item() == 0
+    assert not head.weight.grad.any()
+
+
+def test_memory_at_a_vocabulary_of_128k_is_a_fifth_of_the_naive():
+    """4096 tokens in bfloat16, hidden size 2048."""
+    chunked, naive = (loss_bytes(4096, 2048, 2**17, **each) for each in ({}, {"chunk_size": None}))
+    assert chunked <= naive / 5
+    # At the least the gradient of the head is there, and log-probabilities of both models.
+    assert chunked >= 2048 * 2**17 * 2
+    assert naive >= 2 * 4096 * 2**17 * 4
+
+
+def test_memory_is_said_in_words():
+    head = nn.Linear(64, 4096, bias=False)
+    sentence = loss_memory(2048, head, 256)
+    assert sentence.startswith("The loss of 2,048 tokens takes 0.0")
+    assert "with whole logits it would take 0.1" in sentence
+
+
+@pytest.mark.gpu
+def test_memory_is_what_the_gpu_says():
+    sizes = 4096, 2048, 2**17
+    measured = []
+    for chunked in (True, False):
+        student, teacher = (torch.randn(4096, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        heads = [nn.Linear(2048, 2**17, bias=False, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        heads[1].requires_grad_(False)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        compute = kl_divergence if chunked else naive_kl_divergence
+        compute(student.requires_grad_(), heads[0], teacher, heads[1]).backward()
+        measured.append(torch.cuda.max_memory_allocated() - before)
+    print(f"chunked {measured[0] / 2**30:.2f} GiB, naive {measured[1] / 2**30:.2f} GiB")
+    assert measured[0] <= measured[1] / 5
+    assert measured[0] == pytest.approx(loss_bytes(*sizes), rel=0.25)
