@@ -11,7 +11,8 @@ import transformers
 
 import farskip_fused as ff
 from farskip_fused.conversion.llama4 import Llama4Experts
-from farskip_fused.distillation.evaluation import predicting_states
+from farskip_fused.distillation.blocks import Blocks
+from farskip_fused.distillation.forward import hidden_states
 from tests.conversion.test_experts_implementation import check_equal_to_eager, outcome
 from tests.numerics import DEVICE, assert_close
 
@@ -117,7 +118,7 @@ def test_parallel_experts_of_several_a_token(tiny: Any, tokens: Any) -> None:
 def test_distillation_finds_its_final_hidden_states(family: str, tiny: Any, tokens: Any) -> None:
     model = ff.convert(tiny(family, torch.float32))
     with torch.no_grad():
-        logits = model.get_output_embeddings()(predicting_states(model, tokens))
+        logits = model.get_output_embeddings()(hidden_states(model, Blocks(tokens)))
         assert_close(logits, model(tokens).logits[:, :-1].flatten(0, 1), torch.float32)
 
 
