@@ -1,16 +1,21 @@
-"""`python -m farskip_fused.bench.plan_accuracy`: what the plan predicts of the figures that arXiv 2511.11505 publishes.
+"""`python -m farskip_fused.bench.plan_accuracy`: what the plan predicts of measured layers, and of the figures that
+arXiv 2511.11505 publishes.
 
-No constant of the plan was chosen by these rows. ``--write FILE`` replaces the table between the marks in FILE.
+No constant of the plan was chosen by these rows. ``--write FILE`` replaces the tables between marks in FILE. Layers:
+what `farskip bench layer` wrote to ``bench/results/``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 from farskip_fused.plan import MODELS, Job
-from farskip_fused.plan.clusters import scaled
+from farskip_fused.plan.clusters import find_cluster, scaled
 from farskip_fused.plan.prediction import Prediction, corners, predict, predict_once
 
 
@@ -81,6 +86,9 @@ ROWS = (
     ),
 )  # fmt: skip
 MARKS = ("<!-- accuracy -->", "<!-- end of accuracy -->")
+LAYER_MARKS = ("<!-- layers -->", "<!-- end of layers -->")
+LAYERS = sorted((Path(__file__).parent / "results").glob("two-*-layer-*.json"))
+CLUSTERS = {"NVIDIA H200": "h200-ib400", "NVIDIA H100 80GB HBM3": "h100-ib400"}
 
 
 def slowdown(row: Published) -> float | None:
@@ -129,6 +137,47 @@ def table() -> str:
     return "\n".join([*lines, "", "What each row assumes:", *notes])
 
 
+def layers() -> Iterator[tuple[str, float, float]]:
+    """Of each measured layer time: what it is, ms as measured, ms as predicted."""
+    for path in LAYERS:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        cluster = find_cluster(CLUSTERS[report["environment"]["gpu"]])
+        for row in report["rows"]:
+            if row["link"] == "ib400":  # puts, whose rate the plan does not have
+                continue
+            rate = row["link_gigabytes_per_second"]
+            machines = cluster if rate is None else replace(cluster, link=rate)
+            sizes = replace(MODELS[row["shape"]], layers=row["layers"], moe_layers=row["layers"])
+            sequence = min(row["tokens"], 4096)
+            job = Job(
+                sizes, machines, ep=row["ranks"], dp=row["ranks"], batch=row["tokens"] // sequence, sequence=sequence
+            )
+            streams, fused = (predict_once(replace(job, transport=way)).directions for way in ("streams", "fused"))
+            passes = slice(1) if row["direction"] == "forward" else slice(2)
+            predicted = {
+                "blocking": sum(one.blocking for one in streams[passes]),
+                "computation": sum(one.compute for one in streams[passes]),
+                "paper": sum(one.farskip for one in streams[passes]),
+            }
+            if row.get("fused_combine", "direct") == "direct" and rate is None:  # the plan's fused transport
+                predicted["fused"] = sum(one.farskip for one in fused[passes])
+            link = "NVLink" if rate is None else f"{rate:g} GB/s"
+            direction = row["direction"].replace("_", " and ")
+            for way, ms in predicted.items():
+                named = "by streams" if way == "paper" else way
+                yield f"{row['shape']}, {row['ranks']} GPUs, {link}, {direction}, {named}", row[f"{way}_ms"], ms
+
+
+def layer_table() -> str:
+    """Markdown: layer times as measured and as predicted, and the median of the errors."""
+    lines = ["| layer | measured, ms | predicted, ms | off by |", "|---|---|---|---|"]
+    errors = []
+    for what, measured, predicted in layers():
+        errors.append(predicted / measured - 1)
+        lines.append(f"| {what} | {measured:.2f} | {predicted:.2f} | {errors[-1]:+.0%} |")
+    return "\n".join([*lines, "", f"The median error is {median(map(abs, errors)):.0%}."])
+
+
 def replace_between(text: str, marks: tuple[str, str], content: str) -> str:
     """``text`` with what stands between two marks replaced."""
     before, _, rest = text.partition(marks[0])
@@ -140,10 +189,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the table between the marks in FILE")
     file = parser.parse_args().write
-    content = table()
-    print(content)
+    tables = {LAYER_MARKS: layer_table(), MARKS: table()}
+    print(*tables.values(), sep="\n\n")
     if file is not None:
-        file.write_text(replace_between(file.read_text(encoding="utf-8"), MARKS, content), encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
+        for marks, content in tables.items():
+            text = replace_between(text, marks, content)
+        file.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
