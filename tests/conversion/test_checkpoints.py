@@ -352,8 +352,8 @@ def test_checkpoints_with_code_of_their_own(stock: Path, tmp_path: Path) -> None
     (stock / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "configuration_x.X"}}))
     conversion.convert_checkpoint(stock, tmp_path / "target")
     assert "auto_map" not in json.loads((tmp_path / "target" / "config.json").read_text())
-    (stock / "config.json").write_text(json.dumps(config | {"architectures": ["InstellaMoEForCausalLM"]}))
-    with pytest.raises(ff.UsageError, match=r"InstellaMoEForCausalLM.*only Qwen3MoeForCausalLM is supported"):
+    (stock / "config.json").write_text(json.dumps(config | {"architectures": ["OwnMoEForCausalLM"]}))
+    with pytest.raises(ff.UsageError, match=r"OwnMoEForCausalLM.*only Qwen3MoeForCausalLM is supported"):
         conversion.convert_checkpoint(stock, tmp_path / "other")
 
 

@@ -81,7 +81,7 @@ def test_what_is_seen_in_images_is_added_to_both_streams(tiny: Any, tokens: Any)
     returned: list[Any] = []
     layers_of(converted)[0].register_forward_hook(lambda *arguments: returned.append(arguments[2]))
     logits(converted)
-    for before, after in zip(returned[0], received[0], strict=True):
+    for before, after in zip(returned[0].sums, received[0].sums, strict=True):
         assert torch.equal(after - before != 0, where[..., None].expand_as(before))
         torch.testing.assert_close(after[where], before[where] + seen)
     ff.revert(converted)
