@@ -96,14 +96,23 @@ def prompts() -> list[list[int]]:
     return [torch.randint(3, 120, (length,), generator=generator).tolist() for length in (5, 40, 17, 70, 1)]
 
 
-def serve(path: Path, *, eager: bool = True, **options: Any) -> list[Answer]:
-    """vLLM's answers to ``prompts``, in float32, from an engine of its own in this process."""
+def serve(path: Path, *, eager: bool = True, traces: Path | None = None, **options: Any) -> list[Answer]:
+    """vLLM's answers to ``prompts``, in float32, from an engine of its own in this process.
+
+    traces: where the profiler shall write what each rank ran.
+    """
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
     # vLLM 0.32's rotary kernel for CPUs takes the heads of latent attention for contiguous, which they are not. Without
     # its kernels it computes in torch, as it does when it compiles.
     options = {"compilation_config": {"custom_ops": ["none"]}, "block_size": 32, "max_num_batched_tokens": 32} | options
+    if traces is not None:
+        options["profiler_config"] = {
+            "profiler": "torch",
+            "torch_profiler_dir": str(traces),
+            "torch_profiler_use_gzip": False,
+        }
     engine = LLM(
         str(path),
         dtype="float32",
@@ -113,25 +122,25 @@ def serve(path: Path, *, eager: bool = True, **options: Any) -> list[Answer]:
         max_num_seqs=4,
         **options,
     )
+    how = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, logprobs=4, detokenize=False, ignore_eos=True)
     try:
-        return ask(engine, SamplingParams)
+        if traces is not None:
+            engine.start_profile()
+        outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts()], how, use_tqdm=False)
+        if traces is not None:
+            engine.stop_profile()
+        return [
+            Answer(
+                list(output.outputs[0].token_ids),
+                [{token: entry.logprob for token, entry in step.items()} for step in output.outputs[0].logprobs],
+            )
+            for output in outputs
+        ]
     finally:
         del engine
         cleanup_dist_env_and_memory()
         torch._dynamo.reset()
         gc.collect()
-
-
-def ask(engine: Any, sampling: Any) -> list[Answer]:
-    how = sampling(temperature=0, max_tokens=NEW_TOKENS, logprobs=4, detokenize=False, ignore_eos=True)
-    outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts()], how, use_tqdm=False)
-    return [
-        Answer(
-            list(output.outputs[0].token_ids),
-            [{token: entry.logprob for token, entry in step.items()} for step in output.outputs[0].logprobs],
-        )
-        for output in outputs
-    ]
 
 
 def assert_same_answers(answers: list[Answer], path: Path) -> None:

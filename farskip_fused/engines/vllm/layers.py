@@ -74,17 +74,19 @@ class ParallelFarSkipLayer(FarSkipLayer):
     """The same where ranks hold parts of attention and experts, whose outputs are to be summed over the ranks.
 
     Attention's sum, and with it the shared experts', is under way while the routed experts run; theirs is under way
-    while the next layer's attention runs.
+    while the next layer's attention runs, or, without ``leaves_under_way``, ends with the layer. Dense layers sum as
+    the stock ones do.
     """
 
-    awaits_routed: bool
-    leaves_routed: bool
+    leaves_under_way: bool
 
     def await_routed(self, hidden_states: Tensor, attended: Tensor) -> None:
-        if self.awaits_routed:
+        if self.leaves_under_way:
             all_reduce.finish(hidden_states, attended, all_reduce.ROUTED)
 
     def add_mlp(self, mlp_input: Tensor, stream: Tensor, attended: Tensor | None) -> tuple[Tensor, Tensor]:
+        if not self.wiring.is_moe:
+            return super().add_mlp(mlp_input, stream, attended)
         parts = [part for part in (attended, self.shared_output(mlp_input)) if part is not None]
         if not parts:
             routed = self.block(mlp_input)
@@ -98,7 +100,7 @@ class ParallelFarSkipLayer(FarSkipLayer):
 
     def start_routed(self, routed: Tensor, before: Tensor) -> Tensor:
         routed = all_reduce.start(routed, before, all_reduce.ROUTED)
-        if not self.leaves_routed:
+        if not self.leaves_under_way:
             all_reduce.finish(routed, before, all_reduce.ROUTED)
         return routed
 
@@ -116,13 +118,11 @@ def wire(decoder: nn.Module, vllm_config: VllmConfig) -> None:
     layers = list(cast(Iterable[nn.Module], decoder.layers))
     names = ["mlp" if hasattr(layer, "mlp") else "feed_forward" for layer in layers]
     is_moe = [hasattr(getattr(layer, name), "experts") for layer, name in zip(layers, names, strict=True)]
-    ranks = get_tensor_model_parallel_world_size()
-    for layer, name, wiring in zip(
-        layers, names, read_wirings(vllm_config.model_config.hf_config.farskip, is_moe), strict=True
-    ):
+    wirings = read_wirings(vllm_config.model_config.hf_config.farskip, is_moe)
+    over_ranks = get_tensor_model_parallel_world_size() > 1
+    for layer, name, wiring in zip(layers, names, wirings, strict=True):
         if wiring.is_stock:
             continue
-        over_ranks = ranks > 1 and wiring.is_moe
         layer.__class__ = _subclass(ParallelFarSkipLayer if over_ranks else FarSkipLayer, cast(Any, type(layer)))
         rewired = cast(Any, layer)
         rewired.wiring, rewired.mlp_name = wiring, name
@@ -130,8 +130,8 @@ def wire(decoder: nn.Module, vllm_config: VllmConfig) -> None:
             check_splits(rewired.block)
         if over_ranks:
             # A draft model that taps the streams between layers reads hidden_states + residual there.
-            rewired.awaits_routed = rewired.leaves_routed = vllm_config.speculative_config is None
-            rewired.self_attn.o_proj.reduce_results = not wiring.mlp_first
+            rewired.leaves_under_way = vllm_config.speculative_config is None
+            rewired.self_attn.o_proj.reduce_results = not (wiring.is_moe and wiring.mlp_first)
             if wiring.splits:
                 leave_parts(rewired.block)
 
@@ -161,16 +161,14 @@ def shared_and_routed(block: Any, hidden_states: Tensor) -> tuple[Tensor | None,
 
 
 def check_splits(block: Any) -> None:
-    """UsageError for a block whose outputs ``shared_and_routed`` would take for something else."""
+    """UsageError for a block that ``shared_and_routed`` or ``leave_parts`` would take for something else."""
     runner = block.experts
-    used = ("gate", "_forward_entry", "_encode_layer_name", "_maybe_apply_routed_scale_to_output")
+    used = ("gate", "_forward_entry", "_select_forward", "_encode_layer_name", "_maybe_apply_routed_scale_to_output")
     lacking = [name for name in used if not hasattr(runner, name)]
+    if not hasattr(runner.moe_config, "skip_final_all_reduce"):
+        lacking.append("skip_final_all_reduce")
     if lacking or runner.routed_output_transform is not None:
-        what = (
-            f"its {type(runner).__name__} has no {', '.join(lacking)}"
-            if lacking
-            else "its experts' output is projected"
-        )
+        what = f"it lacks {', '.join(lacking)}" if lacking else "it projects its experts' output"
         raise UsageError(
             f"{type(block).__name__} cannot be split into shared and routed experts in this vLLM: {what}; install vLLM "
             "0.26 to 0.33."
