@@ -21,8 +21,9 @@ class _Served:
 
     stock_class: type[PreTrainedConfig]
 
-    def __init__(self, **entries: Any) -> None:
-        super().__init__(**entries)
+    def __post_init__(self, **entries: Any) -> None:
+        # Not in __init__: transformers makes every configuration a dataclass, which has one of its own.
+        super().__post_init__(**entries)  # type: ignore[misc]
         self.model_type = self.stock_class.model_type
 
     def __reduce__(self) -> Any:
