@@ -25,12 +25,16 @@ from tests.engines.served import Answer, assert_same_answers, make, prompts
 START_SECONDS = 280
 
 
+# One word a token. No special one may be part of another, in which the tokenizer would find it.
+VOCABULARY = {"<unk>": 0, "<eos>": 2} | {f"w{number}": number for number in range(128) if number not in (0, 2)}
+WORDS = {number: word for word, number in VOCABULARY.items()}
+
+
 def write_tokenizer(path: Path) -> None:
-    """One token a number: "17 4" is [17, 4]."""
-    vocabulary = {str(number): number for number in range(128)}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="0"))
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(VOCABULARY, unk_token="<unk>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="2", unk_token="0").save_pretrained(path)
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>")
+    wrapped.save_pretrained(path)
 
 
 @contextmanager
@@ -38,21 +42,14 @@ def server(path: Path, log: Path) -> Iterator[openai.OpenAI]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [
-        str(Path(sys.executable).with_name("vllm")),
-        "serve",
-        str(path),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
+    command = [sys.executable, "-m", "tests.engines.vllm_command", "serve", str(path)]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "4", "--enforce-eager"]
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    root = Path(__file__).parents[2]
     with (
         log.open("w") as output,
-        subprocess.Popen(
-            command, env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, stdout=output, stderr=subprocess.STDOUT
-        ) as process,
+        subprocess.Popen(command, cwd=root, env=environment, stdout=output, stderr=subprocess.STDOUT) as process,
     ):
         try:
             client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
@@ -60,7 +57,10 @@ def server(path: Path, log: Path) -> Iterator[openai.OpenAI]:
             yield client
         finally:
             process.terminate()
-            process.wait(timeout=60)
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def wait_for(client: openai.OpenAI, process: Any, log: Path) -> None:
@@ -84,10 +84,14 @@ def test_server_answers_as_transformers(checkpoints: Path, tmp_path: Path) -> No
 
 
 def ask(client: openai.OpenAI, model: str, prompt: list[int]) -> Answer:
-    text = " ".join(str(token) for token in prompt)
     choice = client.completions.create(
-        model=model, prompt=text, max_tokens=6, temperature=0, logprobs=4, extra_body={"ignore_eos": True}
+        model=model,
+        prompt=" ".join(WORDS[token] for token in prompt),
+        max_tokens=6,
+        temperature=0,
+        logprobs=4,
+        extra_body={"ignore_eos": True, "skip_special_tokens": False},
     ).choices[0]
     assert choice.logprobs is not None and choice.logprobs.top_logprobs is not None
-    steps = [{int(word): value for word, value in step.items()} for step in choice.logprobs.top_logprobs]
-    return Answer([int(word) for word in choice.text.split()], steps)
+    steps = [{VOCABULARY[word.strip()]: value for word, value in step.items()} for step in choice.logprobs.top_logprobs]
+    return Answer([VOCABULARY[word] for word in choice.text.split()], steps)
