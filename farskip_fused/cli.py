@@ -367,6 +367,22 @@ def bench_layer(
     raise typer.Exit(1 if result["failed"] else 0)
 
 
+@bench.command("vllm")
+def bench_vllm(
+    models: Annotated[
+        list[str] | None, typer.Argument(help="qwen3-30b-a3b, deepseek-v2-lite; both by default.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="Measurements of a point.")] = 9,
+    json_file: JsonFile = None,
+) -> None:
+    """Time prefill and decode in vLLM: a stock model, the same on our expert kernels, and with FarSkip wiring."""
+    from farskip_fused.bench import vllm_bench as room
+
+    result = room.run(models or list(room.MODELS), rounds)
+    room.render(result)
+    write_json(json_file, result)
+
+
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="A named model such as deepseek-v3, or the path of a config.json.")],

@@ -15,15 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from farskip_fused.connectivity import Connectivity, parse_layers
-from farskip_fused.conversion.families import CLASS_PREFIX, TYPE_PREFIX
 from farskip_fused.conversion.instella import TYPE as INSTELLA
 from farskip_fused.conversion.instella import farskip_config, is_instella
 from farskip_fused.conversion.llama4 import choose_kernels
 from farskip_fused.conversion.models import FarSkipModel, checked_stock_classes, register
-from farskip_fused.conversion.record import from_record, to_record
 from farskip_fused.conversion.rewiring import set_additions
 from farskip_fused.conversion.stored import CONFIG, StoredCheckpoint, compare_names, read_checkpoint, some
 from farskip_fused.errors import UsageError
+from farskip_fused.record import CLASS_PREFIX, TYPE_PREFIX, from_record, to_record
 
 
 def load(path: str | os.PathLike[str], *, additions: str = "stock", **from_pretrained_kwargs: Any) -> PreTrainedModel:

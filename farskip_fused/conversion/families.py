@@ -1,4 +1,4 @@
-"""The names of model families: of transformers' types, and of their converted checkpoints. Free of torch.
+"""The names of model families, which are transformers' types. Free of torch.
 
 What a family's layers look like is not written down here but read from them (anatomy.py); this list only says which
 types transformers' Auto classes shall know in their converted form. A model of another type converts too if its layers
@@ -6,9 +6,6 @@ are built alike.
 """
 
 from __future__ import annotations
-
-TYPE_PREFIX = "farskip_"
-CLASS_PREFIX = "FarSkip"
 
 FAMILIES = (
     "aria",
@@ -59,8 +56,3 @@ FAMILIES = (
     "step3p7",
     "unlimited_ocr",
 )
-
-
-def stock_type(model_type: str) -> str:
-    """The ``model_type`` of the stock model, from that of a stock or converted one."""
-    return str(model_type).removeprefix(TYPE_PREFIX)

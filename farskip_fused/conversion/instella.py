@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, Dee
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from farskip_fused.connectivity import Connectivity
-from farskip_fused.conversion.record import from_record, to_record
 from farskip_fused.conversion.rewired import Rewired
 from farskip_fused.errors import UsageError
+from farskip_fused.record import from_record, to_record
 
 ARCHITECTURE, STOCK_TYPE, TYPE = "InstellaMoEForCausalLM", "deepseek_v3", "instella_moe"
 

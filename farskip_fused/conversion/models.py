@@ -22,13 +22,13 @@ from transformers import (
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from farskip_fused.conversion import llama4
-from farskip_fused.conversion.families import CLASS_PREFIX, FAMILIES, TYPE_PREFIX, stock_type
+from farskip_fused.conversion.families import FAMILIES
 from farskip_fused.conversion.instella import register_instella
 from farskip_fused.conversion.layers import wire
-from farskip_fused.conversion.record import from_record
 from farskip_fused.conversion.rewired import Rewired
 from farskip_fused.conversion.verification import verified
 from farskip_fused.errors import UsageError
+from farskip_fused.record import CLASS_PREFIX, TYPE_PREFIX, from_record, stock_type
 
 
 class FarSkipConfig(Rewired):

@@ -19,9 +19,9 @@ from farskip_fused.conversion.models import (
     register,
     replace_config,
 )
-from farskip_fused.conversion.record import to_record
 from farskip_fused.conversion.verification import SelfCheck, verified
 from farskip_fused.errors import UsageError
+from farskip_fused.record import to_record
 
 Model = TypeVar("Model", bound=nn.Module)
 

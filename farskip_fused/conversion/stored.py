@@ -11,8 +11,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from farskip_fused.conversion.families import TYPE_PREFIX, stock_type
 from farskip_fused.errors import UsageError
+from farskip_fused.record import TYPE_PREFIX, stock_type
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

@@ -1,4 +1,7 @@
-"""The ``"farskip"`` entry of config.json: which connectivity, in which layers."""
+"""What a converted checkpoint's config.json says: the names of its types, and which connectivity runs in which layers.
+
+Free of torch and transformers: conversion writes it, the serving engines' adapters read it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,14 @@ from typing import Any
 from farskip_fused.connectivity import Connectivity, parse_layers
 from farskip_fused.errors import UsageError
 
+TYPE_PREFIX = "farskip_"
+CLASS_PREFIX = "FarSkip"
 VERSION = 1
+
+
+def stock_type(model_type: str) -> str:
+    """The ``model_type`` of the stock model, from that of a stock or converted one."""
+    return str(model_type).removeprefix(TYPE_PREFIX)
 
 
 def to_record(connectivity: Connectivity, layers: Sequence[int]) -> dict[str, Any]:

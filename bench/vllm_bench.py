@@ -1,0 +1,178 @@
+"""vLLM on one GPU: a stock model, the stock model on our expert kernels, and the model with FarSkip wiring.
+
+Models are cut to 8 layers and have dummy weights, so that a config.json is all they need. One engine a variant, each in
+processes of its own on the same GPU, all alive at once; every point is measured in rounds, the variants of a round in
+random order with the same prompts. CUDA graphs are on, prefix caching is off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from farskip_fused.bench.report import environment
+from farskip_fused.bench.timing import Timing, summarise
+from farskip_fused.connectivity import Connectivity
+from farskip_fused.errors import UsageError
+from farskip_fused.record import CLASS_PREFIX, TYPE_PREFIX, to_record
+
+LAYERS = 8
+ROUNDS = 9
+NEW_TOKENS = 64
+LONGEST_PROMPT = 8000
+TOKENS_A_STEP = 8192
+VARIANTS = ("stock", "kernels", "farskip")
+# What the three engines take of the GPU together, with room for what each allocates outside of its share.
+GPU_SHARE = 0.27
+TOLERANCE = 1.02
+
+
+class Point(NamedTuple):
+    """batch prompts of so many tokens; new_tokens: 0 for prefill, otherwise the decode steps after it."""
+
+    batch: int
+    prompt: int
+    new_tokens: int = 0
+
+
+POINTS = (
+    Point(1, 512), Point(1, 2048), Point(1, LONGEST_PROMPT), Point(4, 2048), Point(16, 512), Point(64, 512),
+    Point(8, LONGEST_PROMPT),
+    Point(1, 512, NEW_TOKENS), Point(4, 2048, NEW_TOKENS), Point(16, 512, NEW_TOKENS), Point(64, 512, NEW_TOKENS),
+)  # fmt: skip
+
+_COMMON = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 16384, "dtype": "bfloat16"}
+# The published configurations, but for the number of layers and the extension of positions.
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3-30b-a3b": _COMMON
+    | {
+        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 151936, "hidden_size": 2048,
+        "intermediate_size": 6144, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "rope_theta": 1e6, "tie_word_embeddings": False,
+    },
+    "deepseek-v2-lite": _COMMON
+    | {
+        "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "vocab_size": 102400,
+        "hidden_size": 2048, "intermediate_size": 10944, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "moe_intermediate_size": 1408, "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6,
+        "first_k_dense_replace": 1, "moe_layer_freq": 1, "n_group": 1, "topk_group": 1, "topk_method": "greedy",
+        "scoring_func": "softmax", "norm_topk_prob": False, "routed_scaling_factor": 1.0, "kv_lora_rank": 512,
+        "q_lora_rank": None, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "rope_theta": 1e4,
+        "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+def run(models: list[str], rounds: int = ROUNDS) -> dict[str, Any]:
+    """Measure every point of the models; UsageError for an unknown model and without vLLM or a GPU."""
+    unknown = [name for name in models if name not in MODELS]
+    if unknown:
+        raise UsageError(f"Unknown model {unknown[0]!r}; use {' or '.join(MODELS)}.")
+    try:
+        import torch
+        import vllm  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UsageError("This needs vLLM; run: pip install 'farskip-fused[vllm]'.") from error
+    if not torch.cuda.is_available():
+        raise UsageError("This needs a GPU; there is none.")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    points = [cell for model in models for cell in _measure_model(model, rounds)]
+    return {"environment": environment(), "rounds": rounds, "layers": LAYERS, "points": points}
+
+
+def config_of(model: str, variant: str) -> dict[str, Any]:
+    """What config.json says of a variant."""
+    config = MODELS[model] | {"num_hidden_layers": LAYERS}
+    if variant != "farskip":
+        return config
+    return config | {
+        "model_type": TYPE_PREFIX + config["model_type"],
+        "architectures": [CLASS_PREFIX + name for name in config["architectures"]],
+        "farskip": to_record(Connectivity.farskip(), range(LAYERS)),
+    }
+
+
+def _measure_model(model: str, rounds: int) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        engines = {variant: _start(model, variant, Path(folder)) for variant in VARIANTS}
+        cells = []
+        for point in POINTS:
+            times = _measure(engines, point, MODELS[model]["vocab_size"], rounds)
+            variants = {name: {"ms": timing.ms, "spread_ms": timing.spread_ms} for name, timing in times.items()}
+            cells.append({"model": model, **point._asdict(), "variants": variants})
+        for engine in engines.values():
+            engine.llm_engine.engine_core.shutdown()
+        return cells
+
+
+def _start(model: str, variant: str, folder: Path) -> Any:
+    from vllm import LLM
+
+    path = folder / f"{model}-{variant}"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config_of(model, variant)))
+    return LLM(
+        str(path),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        gpu_memory_utilization=GPU_SHARE,
+        max_model_len=LONGEST_PROMPT + 2 * NEW_TOKENS,
+        max_num_batched_tokens=TOKENS_A_STEP,
+        max_num_seqs=max(point.batch for point in POINTS),
+        enable_prefix_caching=False,
+        additional_config={} if variant == "stock" else {"farskip_experts": True},
+    )
+
+
+def _measure(engines: dict[str, Any], point: Point, vocabulary: int, rounds: int) -> dict[str, Timing]:
+    """ms of a prefill, or of all decode steps together: the same request with and without them, taken off."""
+    draw = random.Random(0)
+    times: dict[str, list[float]] = {variant: [] for variant in engines}
+    for number in range(rounds + 2):  # two to warm up
+        prompts = [
+            {"prompt_token_ids": [draw.randrange(10, vocabulary) for _ in range(point.prompt)]}
+            for _ in range(point.batch)
+        ]
+        for variant in draw.sample(list(engines), len(engines)):
+            elapsed = _elapsed(engines[variant], prompts, 1 + point.new_tokens)
+            if point.new_tokens:
+                elapsed -= _elapsed(engines[variant], prompts, 1)
+            if number >= 2:
+                times[variant].append(elapsed)
+    return {variant: summarise(values) for variant, values in times.items()}
+
+
+def _elapsed(engine: Any, prompts: list[dict[str, Any]], new_tokens: int) -> float:
+    from vllm import SamplingParams
+
+    how = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+    start = time.perf_counter()
+    engine.generate(prompts, how, use_tqdm=False)
+    return (time.perf_counter() - start) * 1e3
+
+
+def render(report: dict[str, Any]) -> None:
+    """Print the table of a report; what is slower than stock by more than 2 % is marked."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(" ".join(f"{key} {value}" for key, value in report["environment"].items()), highlight=False)
+    table = Table("model", "batch", "prompt", "phase", "variant", "ms", "± ms", "tokens/s", "of stock")
+    for cell in report["points"]:
+        tokens = cell["batch"] * (cell["new_tokens"] or cell["prompt"])
+        phase = f"{cell['new_tokens']} decode steps" if cell["new_tokens"] else "prefill"
+        for name, timing in cell["variants"].items():
+            ratio = timing["ms"] / cell["variants"]["stock"]["ms"]
+            table.add_row(
+                cell["model"], str(cell["batch"]), str(cell["prompt"]), phase, name, f"{timing['ms']:.2f}",
+                f"{timing['spread_ms']:.2f}", f"{tokens / timing['ms'] * 1e3:.0f}",
+                f"{ratio:.3f}" + (" slower" if ratio > TOLERANCE else ""),
+            )  # fmt: skip
+    console.print(table)
