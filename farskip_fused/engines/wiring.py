@@ -43,13 +43,13 @@ def read_wirings(record: Any, is_moe: Sequence[bool]) -> list[Wiring]:
     """The layers of a converted checkpoint.
 
     record: the ``"farskip"`` entry of its configuration; is_moe: which layers have experts.
-    Raises UsageError for a record that this package does not read, and for depth 2 and more, which needs a third stream.
+    Raises UsageError for a record that this package does not read, and for depth 2 or 3, which needs more streams.
     """
     connectivity, converted = from_record(record, len(is_moe))
     if connectivity.depth > 1:
         raise UsageError(
-            f"The checkpoint was converted with depth {connectivity.depth}; serving engines run depth 1, so convert and "
-            "distil it with that."
+            f"The checkpoint was converted with depth {connectivity.depth}; serving engines run depth 1, so convert "
+            "and distil it with that."
         )
     return wirings([connectivity if i in converted else Connectivity.standard() for i in range(len(is_moe))], is_moe)
 
