@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Time and check ranks with a GPU each, in one command; prints a table last.
-#   bench/multi_gpu.sh WORLD [comm] [fused] [check]   all three without names
+#   bench/multi_gpu.sh WORLD [comm] [fused] [layer] [reduce] [check]   all five without names
 # On a machine with fewer GPUs, a rehearsal: the ranks side by side on GPU 0 under MPS. Changes no setting of the cards.
 # Needs torch with CUDA, Triton, nvshmem4py and a compiler; PYTHON names the interpreter (default python3). Ends within
 # SECONDS_IN_ALL (default 540): what is timed comes first, and the tests take the time that is left.
@@ -9,9 +9,9 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-$(mktemp -d)}
 WORLD=${1:-}
-[[ $WORLD =~ ^[2-9]$ ]] || { echo "usage: bench/multi_gpu.sh WORLD [comm] [fused] [check], with 2 to 9 ranks" >&2; exit 2; }
+[[ $WORLD =~ ^[2-9]$ ]] || { echo "usage: bench/multi_gpu.sh WORLD [comm] [fused] [layer] [reduce] [check], with 2 to 9 ranks" >&2; exit 2; }
 shift
-PARTS=" ${*:-comm fused check} "
+PARTS=" ${*:-comm fused layer reduce check} "
 SECONDS_IN_ALL=${SECONDS_IN_ALL:-540}
 CLI="$PYTHON -m farskip_fused.cli"
 export COLUMNS=${COLUMNS:-180}  # so that no column of a table is cut
@@ -28,7 +28,7 @@ part() {  # part NAME SECONDS COMMAND...: run within the time that is left, log,
 }
 wants() { [[ $PARTS == *" $1 "* ]]; }
 
-rm -f "$OUT"/*.row "$OUT"/comm.json "$OUT"/fused.json
+rm -f "$OUT"/*.row "$OUT"/{comm,fused,layer,reduce}.json
 part build 200 "$PYTHON" -m pip install -q --no-deps --no-build-isolation -e .
 GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 if ((GPUS >= WORLD)); then
@@ -39,18 +39,14 @@ else
   MARK=rung3 WHERE="rehearsal: $WORLD ranks on GPU 0 of $GPUS"
 fi
 wants comm && part comm 200 $CLI bench comm --ranks "$WORLD" --sms 20 --sms 8 --tokens 4096 --tokens 128 --json "$OUT/comm.json"
-if wants fused; then
-  if $CLI bench fused --help >/dev/null 2>&1; then
-    part fused 150 $CLI bench fused --ranks "$WORLD" --link none --json "$OUT/fused.json"
-  else
-    printf '%-8s not there\n' fused >"$OUT/fused.row"; : >"$OUT/fused.log"
-  fi
-fi
+wants fused && part fused 150 $CLI bench fused --ranks "$WORLD" --link none --json "$OUT/fused.json"
+wants layer && part layer 200 $CLI bench layer --ranks "$WORLD" --link none --tokens 4096 --json "$OUT/layer.json"
+wants reduce && part reduce 100 $CLI bench all-reduce --ranks "$WORLD" --json "$OUT/reduce.json"
 wants check && part check 500 "$PYTHON" -m pytest -q -p no:cacheprovider --durations=5 -m "$MARK and not full" tests
 
 for row in "$OUT"/*.row; do
   name=$(basename "$row" .row)
-  if grep -q ' exit' "$row" || [ "$name" = comm ] || [ "$name" = fused ]; then echo "== $name"; tail -n 80 "$OUT/$name.log"; fi
+  if grep -q ' exit' "$row" || [[ " comm fused layer reduce " == *" $name "* ]]; then echo "== $name"; tail -n 80 "$OUT/$name.log"; fi
 done
 echo
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader

@@ -38,7 +38,7 @@ class Stream:
 
 # Actions run on the caller's stream, and so does what their GEMMs store at peers as they compute: results and gradients
 # on their way back to the tokens. What must be sent by itself is launched here: rows and routing of a dispatch,
-# gradients on their way to the experts. Others wait for it, so it goes first.
+# gradients on their way to the experts, sums of rows on their way back. Others wait for it, so it goes first.
 COMMUNICATION = Stream(priority=-1, share=8 / 132)
 
 ATTENTION_PROJECTIONS = Action("attention_projections")
