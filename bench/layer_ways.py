@@ -5,7 +5,8 @@ blocking         standard connectivity; a layer waits for its dispatch and its c
 paper            FarSkip connectivity as arXiv 2511.11505 runs it, over our transport: whole collectives on the
                  communication stream; the experts wait for all of dispatch, sums leave behind them.
 fused            FarSkip connectivity, ``expert_parallel.Pending`` as it is.
-computation      the same as fused where all that others send is there already and nothing leaves.
+computation      the same as fused where all that others send is there already and nothing leaves; always with the
+                 direct form of combine, whose stores then go to this rank's own memory.
 computation_all  the same as blocking, likewise.
 collectives      dispatch and combine of each layer one after the other, nothing else.
 window           everything but the gate and the routed experts: what collectives may hide behind.

@@ -19,11 +19,15 @@ if TYPE_CHECKING:
     from farskip_fused.local_experts import fused_experts
     from farskip_fused.moe import FusedExperts, FusedMoE
     from farskip_fused.symmetric import SymmetricMemory, init
+    from farskip_fused.tensor_parallel import SplitMLP, SplitMoE, TensorParallelLayer
     from farskip_fused.token_exchange import TokenExchange, combine_send, combine_wait, dispatch_send, dispatch_wait
     from farskip_fused.transformers_experts import use_fused_experts
 
 _HOMES = {
     "AllReduce": "all_reduce",
+    "SplitMLP": "tensor_parallel",
+    "SplitMoE": "tensor_parallel",
+    "TensorParallelLayer": "tensor_parallel",
     "Connectivity": "connectivity",
     "convert": "conversion",
     "revert": "conversion",
@@ -57,7 +61,10 @@ __all__ = [
     "FusedMoE",
     "OverlappedLayer",
     "PeerTimeout",
+    "SplitMLP",
+    "SplitMoE",
     "SymmetricMemory",
+    "TensorParallelLayer",
     "TokenExchange",
     "UsageError",
     "__version__",

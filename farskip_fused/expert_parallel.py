@@ -129,7 +129,10 @@ class Flight:
         return kept
 
     def programs_once_landed(self, ticket: Ticket) -> int:
-        """Programs of a GEMM of that round after ``landed``: all, unless a later round may be travelling."""
+        """Programs of a GEMM of that round after ``landed``: all, unless a later round may be travelling.
+
+        Sums of an earlier one may be too; they leave sooner or later, and this GEMM waits for nothing.
+        """
         exchange = self.exchange
         return exchange.all_programs if exchange.slots.is_newest(ticket) else exchange.gemm_programs
 

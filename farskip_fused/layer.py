@@ -58,7 +58,7 @@ class Carry:
         """embedding: [..., H], what the first layer reads. depth: the largest ``Connectivity.depth`` of the layers."""
         self._sums: Sequence[_Sum] = [_Sum(each) for each in Streams.before_layers(embedding, depth).sums]
         self._pending: Pending | LocalPending | None = None
-        self._launched_by: OverlappedLayer | None = None
+        self._launched_by: object | None = None
 
     @classmethod
     def _after(cls, sums: Sequence[_Sum], pending: Pending | LocalPending | None) -> Carry:
@@ -74,22 +74,20 @@ class Carry:
 
     def full(self) -> Tensor:
         """Everything summed, [..., H]; the first call waits for what is in flight."""
-        self._launch_experts(None)
+        self._launch_experts(self)
         return self._sums[0]()
 
-    def _launch_experts(self, layer: OverlappedLayer | None) -> None:
-        """Launch experts that were left to the next layer, in the turn of ``layer`` or, None, after that of the last.
+    def _launch_experts(self, launcher: object) -> None:
+        """Launch experts that were left to the next layer: by that one in its turn or, after the last, by the carry.
 
         Once more when the activations of that turn are recomputed: what the experts' backward pass needs was saved
         there.
         """
-        again = self._launched_by is not None and self._launched_by is layer and is_recomputing()
+        again = self._launched_by is launcher and is_recomputing()
         if self._pending is None or (self._launched_by is not None and not again):
             return
-        self._launched_by = layer
+        self._launched_by = launcher
         self._pending.experts()
-        if layer is None:
-            self._pending = None
 
 
 class OverlappedLayer(nn.Module):

@@ -1,6 +1,6 @@
 """The order of a layer's actions, as data: ``layer.py`` runs it, ``plan`` simulates it, figures draw it.
 
-``layer.py`` runs the forward and backward orders; the tensor-parallel ones are simulated.
+``layer.py`` runs the forward and backward orders, ``tensor_parallel.py`` those of tensor-parallel inference.
 Free of torch. Source of the FarSkip order: arXiv 2511.11505, section on the training schedule; the attention is split
 in two so that the combine of the layer before and the dispatch of this one both have something to hide behind.
 """

@@ -99,7 +99,7 @@ class SplitMLP(nn.Module):
         return self.down(nn.functional.silu(gate) * up)
 
 
-class Carry:
+class ReducedCarry:
     """What travels between layers: the residual stream, and sums in flight that are still to be added to it.
 
     lacks_shared: whether the stream without the newest sum of routed experts lacks shared experts too.
@@ -118,7 +118,13 @@ class Carry:
         return addition
 
     def advance(self, name: str) -> None:
-        """Let the stream have the sums up to the one of that name; if there is none, it has it already."""
+        """Let the stream have the sums up to the one of that name; if there is none, it has it already.
+
+        Who waits for the routed experts waits for everything so far: in a dense layer's sum they are not, and it may be
+        the newest all the same.
+        """
+        if name == "expert_reduce":
+            self.full()
         while any(addition.name == name for addition in self._ahead):
             self.stream = self._ahead.pop(0).stream()
 
@@ -154,8 +160,8 @@ class TensorParallelLayer(nn.Module):
     connectivity: farskip or standard. next_reads_partial: give True to a layer of standard connectivity with shared
         experts, or a dense one, that comes before one of FarSkip's; its shared experts get an all-reduce of their own.
     blocking: wait for each all-reduce where it is launched; the results are the same.
-    The first layer takes the embedding [..., H], each other one the ``Carry`` before it, which it uses up; the final
-    norm takes ``carry.full()``. Every rank must run the same layers in the same order, under torch.no_grad().
+    The first layer takes the embedding [..., H], each other one the ``ReducedCarry`` before it, which it uses up; the
+    final norm takes ``carry.full()``. Every rank must run the same layers in the same order, under torch.no_grad().
     """
 
     def __init__(
@@ -187,8 +193,8 @@ class TensorParallelLayer(nn.Module):
         self.attention_norm, self.moe_norm = attention_norm, moe_norm
         self.all_reduce, self.next_reads_partial, self.blocking = all_reduce, next_reads_partial, blocking
 
-    def forward(self, carry: Carry | Tensor) -> Carry:
-        run = _Pass(self, Carry(carry) if isinstance(carry, Tensor) else carry)
+    def forward(self, carry: ReducedCarry | Tensor) -> ReducedCarry:
+        run = _Pass(self, ReducedCarry(carry) if isinstance(carry, Tensor) else carry)
         for action in tensor_parallel_order(self.connectivity, self.next_reads_partial):
             if action.waits_for is not None:
                 run.carry.advance(action.waits_for[0])
@@ -201,7 +207,7 @@ class TensorParallelLayer(nn.Module):
 class _Pass:
     """One forward pass of a layer; a method for each action of the schedule."""
 
-    def __init__(self, layer: TensorParallelLayer, carry: Carry) -> None:
+    def __init__(self, layer: TensorParallelLayer, carry: ReducedCarry) -> None:
         if layer.connectivity.attention_reads_partial and carry.lacks_shared:
             raise UsageError(
                 "This layer's attention reads the stream without the routed experts of the layer before, which sums "

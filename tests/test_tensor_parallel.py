@@ -21,6 +21,7 @@ STACKS = (
     ("dense farskip", "farskip", "farskip"),
     ("standard", "standard", "farskip"),
     ("dense standard", "farskip"),
+    ("dense farskip", "standard"),
 )
 
 
@@ -137,7 +138,7 @@ def compare(memory, stacks, shared):
     memory.synchronize()
 
 
-@pytest.mark.parametrize(("stack", "with_shared"), list(zip(STACKS, (True, True, False), strict=True)), ids=str)
+@pytest.mark.parametrize(("stack", "with_shared"), list(zip(STACKS, (True, True, False, True), strict=True)), ids=str)
 def test_layers_of_one_rank_equal_the_definition(stack, with_shared):
     compare(ff.init(device=DEVICE), [stack], [with_shared])
 

@@ -130,8 +130,8 @@ class Rounds:
         return Ticket(number, torch.empty(protocol.TICKET_WORDS, dtype=torch.int64, device=self.memory.device))
 
     def is_newest(self, ticket: Ticket) -> bool:
-        """Whether no round has been opened after it."""
-        return ticket.number == self._opened
+        """Whether no later round is open. Those of recomputation are closed again when gradients are computed."""
+        return ticket.number == max(self.open_rounds, default=ticket.number)
 
     def close_round(self, ticket: Ticket) -> None:
         self.open_rounds.remove(ticket.number)
