@@ -61,6 +61,13 @@ def test_a_completion_is_cut_where_the_function_ends():
     assert task.program(written) == "def double(x):\n    return 2 * x\n\n\nassert double(2) == 4\n"
 
 
+SIGNAL_TO_PARENT = """\
+import ctypes, os
+libc, rt_sigqueueinfo, information = ctypes.CDLL(None, use_errno=True), 129, (ctypes.c_int * 32)(0, 0, -1)
+if libc.syscall(rt_sigqueueinfo, os.getppid(), 0, information):
+    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+"""
+
 HARMFUL = {
     "import socket\nsocket.socket()": "not permitted",
     "import os\nos.fork()": "not permitted",
@@ -72,6 +79,8 @@ HARMFUL = {
     "import os\nos.rename({victim!r}, {victim!r} + '2')": "not permitted",
     "import os\nos.chmod({victim!r}, 0)": "not permitted",
     "import os\nos.kill(os.getppid(), 0)": "not permitted",
+    SIGNAL_TO_PARENT: "not permitted",
+    "import os, resource\nresource.prlimit(os.getppid(), resource.RLIMIT_NOFILE)": "not permitted",
     "import os\nassert os.environ.get('HOME') is None and os.environ.get('SECRET') is None\nraise ValueError('clean')":
         "clean",
     "x = bytearray(2**31)": "MemoryError",

@@ -26,11 +26,15 @@ OPENING = {2: 1, 257: 2}
 REFUSED = (
     41, 53, 425,  # socket, socketpair, io_uring_setup
     56, 57, 58, 59, 322, 435,  # clone, fork, vfork, execve, execveat, clone3
-    62, 101, 200, 234, 310, 311, 424,  # kill, ptrace, tkill, tgkill, process_vm_*, pidfd_send_signal
+    62, 101, 200, 234, 310, 311,  # kill, ptrace, tkill, tgkill, process_vm_*
+    129, 297, 424, 434, 438,  # rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_send_signal, pidfd_open, pidfd_getfd
+    302, 141, 144, 142, 203, 314, 251,  # prlimit64, setpriority, sched_set*, ioprio_set: of any process of the user
     437, 85, 76, 82, 264, 316, 86, 265, 88, 266, 87, 263,  # openat2, creat, truncate, rename*, link*, symlink*, unlink*
     83, 258, 84, 133, 259, 90, 91, 268, 452, 92, 93, 94, 260,  # mkdir*, rmdir, mknod*, chmod*, chown*
-    132, 235, 280, 261, 188, 189, 190, 197, 198, 199,  # utime*, setxattr*, removexattr*
-    165, 166, 161, 272, 308, 29, 240, 319, 321, 298, 323, 250,  # mount, umount, chroot, unshare, setns, shmget, ...
+    132, 235, 280, 261, 188, 189, 190, 197, 198, 199, 463, 466,  # utime*, setxattr*, removexattr*
+    165, 166, 155, 428, 429, 430, 431, 432, 433, 442, 304,  # mounting, old and new, pivot_root, open_by_handle_at
+    248, 249, 250,  # add_key, request_key, keyctl
+    161, 272, 308, 29, 240, 319, 321, 298, 323,  # chroot, unshare, setns, shmget, ...
 )  # fmt: skip
 
 
