@@ -56,8 +56,10 @@ class Keys:
 
     @classmethod
     def of_record(cls, record: Any, num_layers: int, *, gated: bool) -> Keys:
-        """Raises UsageError for layers that do not follow each other."""
+        """Raises UsageError for layers that do not follow each other, and for a depth of more than 1."""
         connectivity, layers = from_record(record, num_layers)
+        if connectivity.depth > 1:
+            raise UsageError(f"The model has depth {connectivity.depth}; an Instella checkpoint can only say depth 1.")
         if connectivity == Connectivity.standard():
             return cls(farskip=False, gated_attention=gated)
         if layers != list(range(layers[0], layers[-1] + 1)):

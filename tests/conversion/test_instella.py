@@ -134,6 +134,9 @@ def test_what_its_keys_cannot_say_is_refused(published: Any, stock: Any, tmp_pat
     model = ff.convert(ff.load(published()), layers=[0, 2])
     with pytest.raises(ff.UsageError, match="can only say one range"):
         conversion.export_instella(model, tmp_path / "again")
+    with pytest.raises(ff.UsageError, match="has depth 2; an Instella checkpoint can only say depth 1"):
+        conversion.export_instella(ff.convert(model, ff.Connectivity.farskip(depth=2)), tmp_path / "again")
+    assert not (tmp_path / "again").exists()
     with pytest.raises(ff.UsageError, match="only Instella's"):
         conversion.export_instella(stock, tmp_path / "again")
     with pytest.raises(ff.UsageError, match="farskip_start_idx is 7"):
