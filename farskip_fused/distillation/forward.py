@@ -92,15 +92,16 @@ def _check_logits(model: nn.Module, head: nn.Linear, blocks: Blocks) -> None:
 
 def _check_bounds(model: nn.Module, blocks: Blocks) -> None:
     """Whether a document's states are the same behind another one as alone."""
-    ids = blocks.ids[:1, :8]
+    # Two rows: some implementations of attention take packed positions of a single one only.
+    ids = blocks.ids[[0, -1], :8]
     half = ids.shape[1] // 2
-    positions = torch.cat([torch.arange(half), torch.arange(ids.shape[1] - half)])[None]
+    positions = torch.cat([torch.arange(half), torch.arange(ids.shape[1] - half)]).expand(2, -1)
     alone = at_head(model, Blocks(ids[:, half:]), lambda hidden: hidden)
-    behind = at_head(model, Blocks(ids, positions), lambda hidden: hidden)[half:]
+    behind = at_head(model, Blocks(ids, positions), lambda hidden: hidden).unflatten(0, (2, -1))[:, half:].flatten(0, 1)
     if not _same(behind, alone):
         raise UsageError(
-            f"The {type(model).__name__} cannot keep packed documents apart; give blocks of token ids, which are taken"
-            " as one text each."
+            f"The {type(model).__name__} cannot keep packed documents apart (flash attention cannot in batches); load"
+            " it with attn_implementation='sdpa', or give blocks of token ids, which are taken as one text each."
         )
 
 

@@ -142,8 +142,14 @@ def test_packed_documents_are_as_if_each_were_alone(build):
     assert evaluate(model, packed).val_ce == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_model_that_mixes_packed_documents_is_refused(build):
+@pytest.mark.parametrize("from_rows", [1, 2])
+def test_a_model_that_mixes_packed_documents_is_refused(build, from_rows):
+    """Also one that mixes them in batches of more than one row only, as flash attention does."""
     model = build()
-    model.model.register_forward_pre_hook(lambda _m, _a, given: ((), given | {"position_ids": None}), with_kwargs=True)
+
+    def mix(_module, _arguments, given):
+        return (), given | ({"position_ids": None} if len(given["input_ids"]) >= from_rows else {})
+
+    model.model.register_forward_pre_hook(mix, with_kwargs=True)
     with pytest.raises(UsageError, match="cannot keep packed documents apart"):
         evaluate(model, pack(documents(5, 6), 12, padding=0))
