@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 LARGEST = 127
-# Names of routers: few weights, and a rounding there sends tokens to other experts.
-KEPT = ("gate", "router")
+# Names of routers, or of what holds them: few weights, and a rounding there sends tokens to other experts.
+KEPT = {"gate", "router"}
 
 
 class Int8Rows(nn.Module):
@@ -41,7 +41,7 @@ def quantize(model: nn.Module) -> nn.Module:
         for name, module in model.named_modules()
         if any(module is part for layer in decoder_layers(model) for part in layer.modules())
         for key, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim >= 2 and name.rpartition(".")[2] not in KEPT
+        if parameter.ndim >= 2 and KEPT.isdisjoint(name.split("."))
     ]
     # Until they are quantised these are the model's own, so that no copy of all of them is ever there.
     borrowed = [model.get_submodule(name).get_parameter(key) for name, key in places]
