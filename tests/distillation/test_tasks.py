@@ -15,6 +15,7 @@ from farskip_fused.distillation.tasks import function_tasks, human_eval_tasks, m
 from farskip_fused.distillation.tasks.functions import TEMPLATES, _check, _draw, _written
 from farskip_fused.distillation.tasks.harness import lm_eval_scores
 from farskip_fused.distillation.tasks.sandbox import run_programs
+from farskip_fused.distillation.tasks.solving import metric
 from farskip_fused.distillation.tasks.task import Task
 from farskip_fused.errors import UsageError
 
@@ -143,6 +144,15 @@ def test_the_pass_rate_counts_what_runs_through(tokenizer):
     assert found.to_dict() == {"pass_at_1": 0.5, "tasks": 2, "solved": [True, False]}
     with pytest.raises(UsageError, match="No tasks"):
         pass_rate(Parrot(tokenizer, answers), tokenizer, [])
+    longest, seen = len(tokenizer("def g(x, y):\n")["input_ids"]) + 1, []
+    pass_rate(Parrot(tokenizer, answers), tokenizer, tasks * 2, most_tokens=2 * longest + 1, on_batch=seen.append)
+    assert seen == [2, 2]
+
+
+def test_a_metric_says_at_once_that_programs_cannot_be_run(tokenizer, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    with pytest.raises(UsageError, match="only run on Linux x86-64"):
+        metric(tokenizer, function_tasks(1))
 
 
 def test_a_converted_model_writes_with_padding_what_it_writes_alone(build):

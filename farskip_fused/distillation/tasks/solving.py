@@ -42,16 +42,20 @@ def pass_rate(
     *,
     max_new_tokens: int = 256,
     batch: int = 128,
+    most_tokens: int | None = None,
     seconds: float = SECONDS,
     on_batch: Callable[[int], None] = lambda tasks: None,
 ) -> PassRate:
     """pass@1 of greedy continuations; a task is solved if its program runs to its end, in a sandbox.
 
-    batch: prompts that are continued at a time; seconds: that a program may take. on_batch: called with the number of
-    tasks after each batch has been written.
+    batch: prompts that are continued at a time, fewer where they would have more than ``most_tokens`` with padding;
+    seconds: that a program may take. on_batch: called with the number of tasks after each batch has been written.
     """
     if not tasks:
         raise UsageError("No tasks were given; give some.")
+    if most_tokens is not None:
+        longest = max(len(_encoded(tokenizer, task.prompt)) for task in tasks)
+        batch = max(1, min(batch, most_tokens // longest))
     programs = []
     with eval_mode(model), torch.no_grad():
         for start in range(0, len(tasks), batch):
@@ -64,7 +68,8 @@ def pass_rate(
 
 
 def metric(tokenizer: Any, tasks: Sequence[Task], **options: Any) -> Callable[[nn.Module], float]:
-    """pass@1 as early stopping wants it: from a model to a number."""
+    """pass@1 as early stopping wants it: from a model to a number. Raises UsageError where programs cannot be run."""
+    run_programs(["pass"])
     return lambda model: pass_rate(model, tokenizer, tasks, **options).share
 
 
