@@ -13,7 +13,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,11 @@ SHARES = ("25%", "50%", "75%")
 class Recovery:
     """A training of a converted model: how it is converted, and what differs from FCSD at the swept learning rate.
 
-    batch: factor of the usual batch; the tokens stay the same.
+    depth: of farskip. batch: factor of the usual batch; the tokens stay the same.
     """
 
     connectivity: str = "farskip"
+    depth: int = 1
     layers: str = "all"
     objective: str = "kl"
     batch: float = 1.0
@@ -63,6 +64,7 @@ def recoveries(shape: str, sizes: Sizes) -> dict[str, Recovery]:
             "four-fold-batch": Recovery(batch=4.0),
             "attention-only": Recovery("attention_only"),
             "moe-only": Recovery("moe_only"),
+            "depth-2": Recovery(depth=2),
             "last-50%": Recovery(layers="last:50%"),
             "last-75%": Recovery(layers="last:75%"),
         }
@@ -202,7 +204,8 @@ class Bench:
 
     def _recover(self, shape: str, recovery: Recovery) -> dict[str, Any]:
         teacher = self._teacher(shape)
-        model = ff.convert(copy.deepcopy(teacher), recovery.connectivity, recovery.layers)
+        connectivity = replace(ff.Connectivity.named(recovery.connectivity), depth=recovery.depth)
+        model = ff.convert(copy.deepcopy(teacher), connectivity, recovery.layers)
         swept = self.result(f"{shape}/sweep-{'sft' if recovery.objective == 'sft' else 'kl'}")
         assert swept is not None
         config = self._config(recovery, swept["winner"])

@@ -46,9 +46,6 @@ def document(results: Results, about: Mapping[str, str]) -> str:
     for shape, title in SHAPES.items():
         if f"{shape}/teacher" in results:
             parts += _section(results, shape, title)
-    parts.append(
-        "Depth 2 (the paper's first open question) is not in the table: `Connectivity.depth` is 1 in this version.\n"
-    )
     return "\n".join(parts)
 
 

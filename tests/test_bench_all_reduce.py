@@ -12,6 +12,7 @@ from farskip_fused.launch import run_ranks
 CASES = [Case(3, 40, 2), Case(7, 40, 2)]
 
 
+@pytest.mark.full
 @pytest.mark.rung2
 def test_both_forms_are_timed_on_every_rank():
     for measured in run_ranks(all_reduce_ranks.measure, 2, CASES, 3):
@@ -20,6 +21,7 @@ def test_both_forms_are_timed_on_every_rank():
             assert all(len(times) == 3 and min(times) > 0 for times in one.times.values())
 
 
+@pytest.mark.full
 @pytest.mark.rung2
 def test_others_are_timed_if_they_are_right_and_left_out_with_the_reason_if_not():
     for right, wrong, absent in run_ranks(measure_others, 2, symmetric=False):

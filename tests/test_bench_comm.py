@@ -47,6 +47,7 @@ def test_another_all_to_all_moves_the_same_rows_there_and_back():
         assert {step: len(times) for step, times in other.times.items()} == dict.fromkeys(all_to_all.STEPS, 3)
 
 
+@pytest.mark.full
 @pytest.mark.rung2
 def test_an_all_to_all_that_is_wrong_or_not_there_is_left_out_with_the_reason():
     reasons = run_ranks(measure_what_cannot_be, 2, symmetric=False)

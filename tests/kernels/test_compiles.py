@@ -25,7 +25,10 @@ OTHERS = {
 
 
 @pytest.mark.timeout(900)  # two processes compile: on a busy machine they take several times as long
-@pytest.mark.parametrize("version", ["installed", *OLDER])
+@pytest.mark.parametrize(
+    "version",
+    ["installed", *(pytest.param(each, marks=pytest.mark.full if each != min(OLDER) else ()) for each in OLDER)],
+)
 def test_kernels_use_tensor_cores_and_fit_without_spills(version, tmp_path):
     path = [str(ROOT)]
     if version != "installed":

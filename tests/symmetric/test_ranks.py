@@ -96,7 +96,13 @@ def test_a_peer_that_goes_silent_is_named_within_the_bound(device, phase):
 
 
 @pytest.mark.rung2
-@pytest.mark.parametrize("phase", rank_programs.PHASES)
+@pytest.mark.parametrize(
+    "phase",
+    [
+        phase if phase in ("before experts", "before backward") else pytest.param(phase, marks=pytest.mark.full)
+        for phase in rank_programs.PHASES
+    ],
+)
 def test_a_killed_peer_is_named_within_the_bound(phase):
     outcomes = run_ranks_unchecked(rank_programs.lose_a_peer, 2, phase, True, wait_timeout=2.0, limit=240.0)
     check_timeout(outcomes[0])
