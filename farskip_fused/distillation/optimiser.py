@@ -107,7 +107,9 @@ def learning_rate_factor(step: int, steps: int, warmup: int, final: float) -> fl
 
 @contextmanager
 def choose_parameters(model: nn.Module, config: DistillationConfig) -> Iterator[None]:
-    """Within it only what the configuration trains requires a gradient."""
+    """Within it only what the configuration trains requires a gradient. Raises UsageError for a model in float16."""
+    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        raise UsageError("The model is in float16, in which small gradients vanish; load it in bfloat16.")
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     frozen = set(cast(Any, model).get_input_embeddings().parameters()) if config.freeze_embeddings else set()
     if config.train_layers != "all":

@@ -71,7 +71,8 @@ def distill(
 
     Parameters of 16 bits are trained through float32 versions.
     Raises UsageError for bad arguments, before training, and FloatingPointError when training diverges: more steps in
-    a row than ``config.most_skipped`` were not finite or exploded; the weights are then the best ones that were seen.
+    a row than ``config.most_skipped``, or all of them, were not finite or exploded; the weights are then the best ones
+    that were seen.
     """
     config = (config or DistillationConfig()).changed(**overrides)
     if checkpoint_every is not None and (folder is None or checkpoint_every < 1):
@@ -87,9 +88,10 @@ def distill(
     held_out = None
     if validation is not None:
         held_out = as_blocks(validation, config.block_length, tokenizer, answers_only=config.answers_only)
-    head = checked_head(model, blocks)
-    if teacher is not None:
-        checked_head(teacher, blocks, vocabulary=head.out_features)
+    for each in (blocks, *([] if held_out is None else [held_out])):
+        head = checked_head(model, each)
+        if teacher is not None:
+            checked_head(teacher, each, vocabulary=head.out_features)
     with ExitStack() as stack:
         stack.enter_context(choose_parameters(model, config))
         # A copy is made of the whole model; a shared teacher of what each rank holds.
@@ -167,6 +169,12 @@ class _Training:
                 f"A batch of {config.batch_tokens} tokens must hold at least one block of {blocks.block_length} for"
                 f" each of {parallel.world} ranks and at most the data's {blocks.numel()} tokens; change batch_tokens."
             )
+        if validation is not None:
+            shared = len(validation) // parallel.world * parallel.world
+            if not validation[:shared].predictions():
+                raise UsageError(
+                    f"In the validation data no token counts of {shared} blocks for {parallel.world} ranks; give more."
+                )
         self.micro = max(1, config.micro_batch_tokens // blocks.block_length)
         self.steps = config.steps or len(blocks) // self.batch
         self.tokens_of_a_step = self.batch * blocks.block_length
@@ -219,6 +227,8 @@ class _Training:
                     self._save(self.states)
                 speed = self.tokens / self.progress.seconds
                 bar.update(task, advance=1, loss=loss, speed=speed, memory=_memory(self._peak()))
+        if not self.progress.losses:
+            self._give_up()
         if self.metric is not None and self.best.tensors:
             self.best.restore()
         return self._report()
@@ -292,6 +302,8 @@ class _Training:
         assert self.metric is not None
         with eval_mode(self.model):
             value = float(self.metric(self.model))
+        # Of all ranks the first one's: they must take and restore the same best.
+        (value,) = self.parallel.sum([value if self.parallel.rank == 0 else 0.0])
         self.progress.metrics.append((self.tokens, value))
         logs.write("metric", self.progress.step, self.tokens, {"value": value, "best": max(value, self.stopping.best)})
         if self.stopping.is_best(value):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import farskip_fused as ff
 from farskip_fused.conversion import connectivity_of, moe_blocks
 from farskip_fused.distillation import DistillationConfig, evaluate
+from farskip_fused.distillation.blocks import Blocks
 from farskip_fused.distillation.optimiser import learning_rate_factor
 from farskip_fused.errors import UsageError
 
@@ -208,3 +209,20 @@ def test_models_that_cannot_be_their_own_teacher_are_refused(build, blocks):
         ff.distill(model, blocks, SMALL, teacher=model)
     with pytest.raises(UsageError, match="No parameter"):
         ff.distill(ff.convert(build()).requires_grad_(False), blocks, SMALL)
+    with pytest.raises(UsageError, match="is in float16, in which small gradients vanish; load it in bfloat16"):
+        ff.distill(ff.convert(build()).half(), blocks, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "part"),
+    [
+        (Blocks(torch.ones(2, 16, dtype=torch.int64), counted=torch.zeros(2, 16, dtype=torch.bool)), "no token counts"),
+        (torch.full((2, 16), 64), "token ids 64 to 64"),
+    ],
+)
+def test_validation_data_are_checked_before_training(build, blocks, held_out, part):
+    model = ff.convert(build())
+    before = state(model)
+    with pytest.raises(UsageError, match=part):
+        ff.distill(model, blocks, SMALL, validation=held_out)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
