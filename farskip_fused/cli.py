@@ -417,13 +417,17 @@ def plan(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Exit code 2 and one sentence on stderr for bad input, 130 for an interrupt."""
+    """Entry point. One sentence on stderr and exit code 2 for bad input, 1 for a training that diverged; 130 for an
+    interrupt.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         # Without standalone mode typer returns the code of typer.Exit and raises the rest.
         result = app(args=arguments or ["--help"], prog_name="farskip", standalone_mode=False)
     except UsageError as error:
         _refuse(str(error))
+    except FloatingPointError as error:
+        _refuse(str(error), code=1)
     except CommandLineError as error:
         _refuse(error.format_message())
     except typer.Abort:
@@ -431,9 +435,9 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(result if isinstance(result, int) else 0)
 
 
-def _refuse(message: str) -> None:
+def _refuse(message: str, code: int = 2) -> None:
     typer.echo(f"farskip: {' '.join(message.split())}", err=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

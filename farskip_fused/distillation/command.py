@@ -20,7 +20,7 @@ from farskip_fused.distillation.data import as_blocks
 from farskip_fused.distillation.evaluation import evaluate
 from farskip_fused.distillation.forward import head_of
 from farskip_fused.distillation.memory import loss_memory
-from farskip_fused.distillation.saving import save_trained
+from farskip_fused.distillation.saving import save_trained, stored_dtypes
 from farskip_fused.distillation.sweep import STEPS, Sweep, sweep
 from farskip_fused.distillation.tasks import Task, function_tasks, human_eval_tasks, mbpp_tasks, pass_rate
 from farskip_fused.distillation.tasks.harness import lm_eval_scores
@@ -63,10 +63,12 @@ class DistillJob:
 
 
 def run_distill(job: DistillJob, config: DistillationConfig) -> dict[str, Any]:
-    """Trains the checkpoint ``source`` and saves the result, with its tokenizer, to ``target``."""
+    """Trains the checkpoint ``source`` and saves the result, with its tokenizer, to ``target``.
+
+    Raises FloatingPointError when training diverges; what is saved then are the weights that it ended with.
+    """
     _check_target(job)
-    if job.parallel and job.sweeps:
-        raise UsageError("Sweeps run in one process; find the values there, then name them to the parallel training.")
+    _check_options(job)
     with _ranks(job.parallel) as rank:
         console = Console(quiet=rank > 0)
         with console.status("Loading the checkpoint and the data"):
@@ -86,16 +88,25 @@ def run_distill(job: DistillJob, config: DistillationConfig) -> dict[str, Any]:
             sweeps, config = [*sweeps, found], found.config
         if config.objective != "sft":
             console.print(loss_memory(config.micro_batch_tokens, head_of(model), config.chunk_size))
-        saved_as = model.dtype
-        report = distill(
-            model, blocks, config, teacher=taught_by, validation=held_out,
-            metric=None if tasks is None else metric(tokenizer, tasks), parallel=job.parallel, folder=job.work,
-            checkpoint_every=job.checkpoint_every, resume=job.resume, tensorboard=job.tensorboard, console=console,
-        )  # fmt: skip
+        dtype, dtypes = model.dtype, stored_dtypes(model)
+        # A rank's experts take no more tokens than its passes in training have.
+        most_tokens = max(config.micro_batch_tokens, blocks.block_length) if job.parallel == "ep" else None
+        looked_at = None if tasks is None else metric(tokenizer, tasks, most_tokens=most_tokens)
+        diverged: FloatingPointError | None = None
+        try:
+            report = distill(
+                model, blocks, config, teacher=taught_by, validation=held_out, metric=looked_at, parallel=job.parallel,
+                folder=job.work, checkpoint_every=job.checkpoint_every, resume=job.resume, tensorboard=job.tensorboard,
+                console=console,
+            )  # fmt: skip
+        except FloatingPointError as error:
+            diverged = error
         with console.status("Saving"):
-            save_trained(model, job.target, saved_as)
+            save_trained(model, job.target, dtype, dtypes)
             if rank == 0:
                 tokenizer.save_pretrained(job.target)
+        if diverged is not None:
+            raise FloatingPointError(f"{diverged} They are saved to {job.target}.")
     result = {"model": str(job.source), "output": str(job.target), "config": asdict(config)} | report.to_dict()
     result["sweeps"] = [each.to_dict() for each in sweeps]
     for _, evaluation in report.evaluations[-1:]:
@@ -182,6 +193,17 @@ def _check_target(job: DistillJob) -> None:
         raise UsageError(f"OUTPUT {job.target} exists; name another or pass --overwrite.")
     if job.target.resolve() == job.source.resolve():
         raise UsageError(f"OUTPUT {job.target} is MODEL_DIR itself; name another directory.")
+
+
+def _check_options(job: DistillJob) -> None:
+    if job.sweeps and job.parallel:
+        raise UsageError("Sweeps run in one process; find the values there, then name them to the parallel training.")
+    if job.sweeps and job.resume:
+        raise UsageError("A training that is resumed has its values; leave --sweep out, and name what it found.")
+    if job.device and job.parallel:
+        raise UsageError("With --parallel each rank takes its own GPU; leave --device out.")
+    if job.tensorboard and job.work is None:
+        raise UsageError("TensorBoard's events need a folder; name one with --work.")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,19 +17,32 @@ from farskip_fused.moe import FusedExperts
 EXPERTS = {"w13": "gate_up_proj", "w2": "down_proj"}
 
 
-def save_trained(model: nn.Module, path: Path, dtype: torch.dtype | None = None) -> None:
+def save_trained(
+    model: nn.Module,
+    path: Path,
+    dtype: torch.dtype | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> None:
     """Saves a transformers model, whole, whatever ``distill`` has made of it; collective, written by rank 0.
 
-    dtype: of the saved weights; by default that of the model.
+    dtypes: of the saved tensors by name, as ``stored_dtypes`` found them before training. dtype: of floating-point
+    tensors that are not among them; by default what the model has.
     """
+    known = dtypes or {}
     state = _whole_state(model)
-    if dtype is not None:
-        state = {name: each.to(dtype) if each.is_floating_point() else each for name, each in state.items()}
+    for name, each in state.items():
+        if each.is_floating_point():
+            state[name] = each.to(known.get(name, dtype or each.dtype))
     if not dist.is_initialized() or dist.get_rank() == 0:
         # Of the class: an expert-parallel model's own refuses, as it knows of this rank's experts only.
         cast(Any, type(model)).save_pretrained(model, path, state_dict=state, is_main_process=True)
     if dist.is_initialized():
         dist.barrier()
+
+
+def stored_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """Of every tensor by name: not all are alike, a router's bias may be of 32 bits in a model of 16."""
+    return {name: each.dtype for name, each in model.state_dict().items()}
 
 
 def _whole_state(model: nn.Module) -> dict[str, Tensor]:

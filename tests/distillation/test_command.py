@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import farskip_fused as ff
 from farskip_fused import cli
@@ -130,6 +131,12 @@ def test_an_existing_output_is_kept_unless_told(capsys, tmp_path, text, checkpoi
         (("distill", "converted", "out", "--data", "text", "--parallel", "fsdp"), "start with: torchrun"),
         (("distill", "converted", "out", "--data", "text", "--resume", *SMALL), "give the folder"),
         (("distill", "stock", "out", "--data", "text", "--layers", "last:200%", *SMALL), "'last:200%'"),
+        (("distill", "converted", "out", "--data", "text", "--tensorboard"), "name one with --work"),
+        (("distill", "converted", "out", "--data", "text", "--parallel", "ep", "--device", "cpu"), "--device out"),
+        (
+            ("distill", "converted", "out", "--data", "text", "--work", "work", "--resume", "--sweep", "lr"),
+            "leave --sweep out",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(capsys, tmp_path, monkeypatch, checkpoints, arguments, part):
@@ -143,6 +150,29 @@ def test_bad_input_is_one_sentence_and_exit_code_2(capsys, tmp_path, monkeypatch
     assert part in sentence
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_diverged_training_is_one_sentence_and_its_weights_are_saved_as_they_were(
+    capsys, tmp_path, text, checkpoints
+):
+    """A model in bfloat16 with routers' biases in float32, of which no step is finite."""
+    _, converted = checkpoints
+    model = ff.load(converted)
+    model.bfloat16()
+    for layer in model.model.layers[1:]:
+        layer.mlp.gate.e_score_correction_bias = torch.full((4,), 1.001)
+    model.lm_head.weight.data.fill_(torch.nan)
+    model.save_pretrained(converted)
+    code, _, err = run(capsys, "distill", converted, tmp_path / "out", "--data", text, "--steps", 2, *SMALL)
+    sentence = err.splitlines()[-1]
+    assert code == 1
+    assert sentence.startswith("farskip: Training diverged: 2 steps in a row up to 2 of 2 were skipped")
+    assert sentence.endswith(f"They are saved to {tmp_path / 'out'}.")
+    before, after = (load_file(path / "model.safetensors") for path in (converted, tmp_path / "out"))
+    assert {each.dtype for each in after.values()} == {torch.bfloat16, torch.float32}
+    assert before.keys() == after.keys()
+    for name, tensor in after.items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
 
 
 def test_distilled_weights_differ_from_the_source_and_leave_it(capsys, tmp_path, text, checkpoints):
