@@ -12,7 +12,7 @@ from farskip_fused.errors import UsageError
 
 STOPS = ('\n"""', "\nassert ", "\nprint", "\nif __name__", "\n#", "\n```")
 
-# Compares with the canonical solution, numbers within the file's tolerance, as EvalPlus does.
+# Compares with the canonical solution, numbers within the file's tolerance.
 PLUS = """\
 def _same(found, expected, tolerance):
     if isinstance(expected, float) or tolerance:

@@ -1,8 +1,8 @@
 """Runs programs that a model wrote, each in a process that can read and compute and nothing else.
 
-The process forbids itself, by a seccomp filter of the kernel: sockets, further processes, signals to others, opening
-files to write, and whatever else changes the file system. Its memory, file sizes and processor time are limited, its
-environment is empty, and after the time limit it is killed.
+The process forbids itself, by a seccomp filter of the kernel: sockets, further processes, signals to others and changes
+of their limits and priorities, opening files to write, and whatever else changes the file system. Its memory, file
+sizes and processor time are limited, its environment is empty, and after the time limit it is killed.
 """
 
 from __future__ import annotations
