@@ -91,7 +91,8 @@ def run_distill(job: DistillJob, config: DistillationConfig) -> dict[str, Any]:
         dtype, dtypes = model.dtype, stored_dtypes(model)
         # A rank's experts take no more tokens than its passes in training have.
         most_tokens = max(config.micro_batch_tokens, blocks.block_length) if job.parallel == "ep" else None
-        looked_at = None if tasks is None else metric(tokenizer, tasks, most_tokens=most_tokens)
+        together = {"most_tokens": most_tokens, "together": job.parallel is not None}
+        looked_at = None if tasks is None else metric(tokenizer, tasks, **together)
         diverged: FloatingPointError | None = None
         try:
             report = distill(

@@ -8,8 +8,12 @@ import pytest
 import torch
 
 import farskip_fused as ff
-from farskip_fused.distillation import DistillationConfig, save_trained
+from farskip_fused.distillation import DistillationConfig, save_trained, train_tokenizer
+from farskip_fused.distillation.data import Document
 from farskip_fused.distillation.early_stopping import Snapshot
+from farskip_fused.distillation.parallel import distribute
+from farskip_fused.distillation.tasks.solving import _continue
+from farskip_fused.distillation.tasks.task import Task
 from farskip_fused.errors import UsageError
 from farskip_fused.launch import run_ranks
 
@@ -59,6 +63,26 @@ def test_two_ranks_train_as_one_and_resume(build, blocks, tmp_path, mode):
     assert loaded.keys() == trained.keys()
     for name, tensor in trained.items():
         torch.testing.assert_close(loaded[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
+
+
+def write(memory, model, tokenizer):
+    """On each rank: what the split model writes; the second rank ends at once."""
+    torch.set_num_threads(1)
+    distribute(model := copy.deepcopy(model), "ep", 64)
+    stops = ("",) if memory.rank else ()
+    with torch.no_grad():
+        return _continue(model, tokenizer, [Task("", "def f", "", stops=stops)], 3, together=True)[0]
+
+
+@pytest.mark.full
+@pytest.mark.rung2
+def test_ranks_that_stop_writing_at_different_times_wait_for_each_other(build):
+    tokenizer = train_tokenizer([Document("text", "def f(x):\n    return x\n", "0")], 270)
+    model = ff.convert(build(vocab_size=270, num_hidden_layers=2))
+    (alone,) = _continue(model, tokenizer, [Task("", "def f", "")], 3)
+    long, short = run_ranks(write, 2, model, tokenizer, limit=290.0)
+    assert long == alone
+    assert len(short) < len(long)
 
 
 def test_ranks_need_torchrun(build, blocks):

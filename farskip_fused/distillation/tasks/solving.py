@@ -43,13 +43,16 @@ def pass_rate(
     max_new_tokens: int = 256,
     batch: int = 128,
     most_tokens: int | None = None,
+    together: bool = False,
     seconds: float = SECONDS,
     on_batch: Callable[[int], None] = lambda tasks: None,
 ) -> PassRate:
     """pass@1 of greedy continuations; a task is solved if its program runs to its end, in a sandbox.
 
     batch: prompts that are continued at a time, fewer where they would have more than ``most_tokens`` with padding;
-    seconds: that a program may take. on_batch: called with the number of tasks after each batch has been written.
+    together: whether the model is split over ranks, which then all call with the same tasks: none stops writing before
+    the others. seconds: that a program may take. on_batch: called with the number of tasks after each batch has been
+    written.
     """
     if not tasks:
         raise UsageError("No tasks were given; give some.")
@@ -60,7 +63,7 @@ def pass_rate(
     with eval_mode(model), torch.no_grad():
         for start in range(0, len(tasks), batch):
             part = tasks[start : start + batch]
-            written = _continue(model, tokenizer, part, max_new_tokens)
+            written = _continue(model, tokenizer, part, max_new_tokens, together=together)
             programs += [task.program(text) for task, text in zip(part, written, strict=True)]
             on_batch(len(part))
     outcomes = run_programs(programs, seconds=seconds)
@@ -73,7 +76,9 @@ def metric(tokenizer: Any, tasks: Sequence[Task], **options: Any) -> Callable[[n
     return lambda model: pass_rate(model, tokenizer, tasks, **options).share
 
 
-def _continue(model: nn.Module, tokenizer: Any, tasks: Sequence[Task], max_new_tokens: int) -> list[str]:
+def _continue(
+    model: nn.Module, tokenizer: Any, tasks: Sequence[Task], max_new_tokens: int, *, together: bool = False
+) -> list[str]:
     ids, mask = _left_padded([_encoded(tokenizer, task.prompt) for task in tasks], tokenizer.eos_token_id or 0)
     device = device_of(model)
     longest = getattr(cast(Any, model).config, "max_position_embeddings", None)
@@ -89,6 +94,8 @@ def _continue(model: nn.Module, tokenizer: Any, tasks: Sequence[Task], max_new_t
         pad_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         stopping_criteria=StoppingCriteriaList([stop]),
+        # A rounding may end a text sooner on one rank than on another, whose passes need all of them.
+        synced_gpus=together,
     )
     return tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
 
