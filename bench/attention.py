@@ -5,6 +5,7 @@ Causal, with rotary embeddings, over sequences of one length that lie one after 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -96,15 +97,15 @@ class _Rotary(nn.Module):
         return torch.cat((turned, torch.addcmul(second * self.cosine, first, self.sine)), dim=-1)
 
 
-class SplitInTwo(nn.Module):
+class SplitInTwo(nn.Module, ABC):
     """Attention over [T, H], T a multiple of the sequences' length; a ``SplitAttention`` once it has its ``core``."""
 
     out: nn.Module
     core: Core
 
+    @abstractmethod
     def project(self, hidden_states: Tensor) -> Projected:
         """Queries, keys and values, each [B, L, heads, width]."""
-        raise NotImplementedError
 
     def attend(self, projected: Projected) -> Tensor:
         return self.out(self.core(*projected).flatten(2).flatten(0, 1))

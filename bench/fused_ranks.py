@@ -151,7 +151,7 @@ class _Layer:
         shape, memory = exchange.slots.shape, exchange.slots.memory
         self.hidden, self.dtype = shape.hidden_size, shape.dtype
         # Of the rank: what runs beside nothing takes all of them.
-        self.all_programs = exchange.programs + exchange.gemm_programs
+        self.all_programs = exchange.all_programs
         for _ in range(shape.depth):  # every slot then holds rows that a GEMM can read
             in_round(exchange, self._prepare)
         # Autograd runs backward on the stream of forward: the one on which backward is captured later.

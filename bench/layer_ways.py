@@ -52,7 +52,7 @@ class WholeExchange(Exchange):
 def whole_exchange(exchange: Exchange, blocking: bool) -> WholeExchange:
     """The same ranks and slots for whole collectives; blocking ones have all multiprocessors."""
     values = {field.name: getattr(exchange, field.name) for field in fields(Exchange)}
-    everything = exchange.programs + exchange.gemm_programs
+    everything = exchange.all_programs
     share = {"programs": everything, "gemm_programs": everything} if blocking else {}
     return WholeExchange(**{**values, **share, "presummed": True}, everything=everything, blocking=blocking)
 
@@ -79,7 +79,7 @@ class WholeExperts(torch.autograd.Function):
         )
         dispatch.release(round_)
         values = experts.project(activated, where, w2, 1, programs=programs)
-        _send_sums(flight, round_, values, where, received.weights, turns)
+        flight.send_sums(round_, values, where.places, received.weights, turns)
         if gate_up is not None:
             ctx.flight, ctx.tile_rows = flight, where.tile_rows
             ctx.save_for_backward(received.weights, *where[:5], turns, rows, gate_up, w13, w2)
@@ -100,7 +100,7 @@ class WholeExperts(torch.autograd.Function):
             exchange.slots.rows, weights, where, w2, gate_up, slot=slot, programs=programs
         )
         values = experts.project(gate_up_gradient, where, w13, 2, programs=programs)
-        _send_sums(flight, round_, values, where, None, turns, parts)
+        flight.send_sums(round_, values, where.places, None, turns, parts)
         if exchange.blocking:
             flight.landed()
         w13_gradient = experts_backward.weight_gradient(
@@ -123,7 +123,7 @@ class Collectives(torch.autograd.Function):
         dispatch.wait_rows(flight.round)
         turns = combine.find_turns(flight.round, received.experts, flight.exchange.num_local_experts)
         dispatch.release(flight.round)
-        _send_sums(flight, flight.round, values, where, received.weights, turns)
+        flight.send_sums(flight.round, values, where.places, received.weights, turns)
         ctx.flight, ctx.where, ctx.turns, ctx.values = flight, where, turns, values
         return torch.zeros_like(token)
 
@@ -134,24 +134,8 @@ class Collectives(torch.autograd.Function):
         flight.landed()
         dispatch.wait_rows(flight.gradient_round)
         dispatch.release(flight.gradient_round)
-        _send_sums(flight, flight.gradient_round, ctx.values, ctx.where, None, ctx.turns)
+        flight.send_sums(flight.gradient_round, ctx.values, ctx.where.places, None, ctx.turns)
         return torch.zeros_like(token), None, None
-
-
-def _send_sums(
-    flight: Flight, round_: Round, values: Tensor, where: Layout, weights: Tensor | None, turns: Tensor,
-    weight_parts: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Launch what experts made to the owners of the tokens, summed, on the communication stream."""
-    exchange = flight.exchange
-    with exchange.beside():
-        combine.wait_to_send(round_)
-        if weight_parts is not None:
-            combine.push_weight_gradients(round_, weight_parts, where.places)
-        combine.push_sums(round_, values, where.places, weights, turns, exchange.top_k)
-        combine.announce_sent(round_)
-    read = (values, where.places, weights, turns, weight_parts)  # alive until all has left
-    flight.leaving, flight.mark = tuple(each for each in read if each is not None), exchange.mark()
 
 
 class WholePending(Pending):

@@ -128,13 +128,30 @@ class Flight:
         self.mark = exchange.mark()
         return kept
 
-    def programs_once_landed(self, ticket: Ticket) -> int:
-        """Programs of a GEMM of that round after ``landed``: all, unless a later round may be travelling.
+    def send_sums(
+        self, round_: Round, values: Tensor, places: Tensor, weights: Tensor | None, turns: Tensor,
+        weight_parts: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Launch what experts made to the owners of the tokens, summed; for the tensors see ``combine.push_sums``.
+
+        weight_parts: of the router weights' gradients, which travel along.
+        """
+        with self.exchange.beside():
+            combine.wait_to_send(round_)
+            if weight_parts is not None:
+                combine.push_weight_gradients(round_, weight_parts, places)
+            combine.push_sums(round_, values, places, weights, turns, self.exchange.top_k)
+            combine.announce_sent(round_)
+        read = (values, places, weights, turns, weight_parts)
+        self.leaving, self.mark = tuple(each for each in read if each is not None), self.exchange.mark()
+
+    def programs_once_landed(self) -> int:
+        """Programs of a GEMM after ``landed``: all, unless a later round than this one may be travelling.
 
         Sums of an earlier one may be too; they leave sooner or later, and this GEMM waits for nothing.
         """
         exchange = self.exchange
-        return exchange.all_programs if exchange.slots.is_newest(ticket) else exchange.gemm_programs
+        return exchange.all_programs if exchange.slots.is_newest(self.gradient_ticket) else exchange.gemm_programs
 
     def landed(self) -> None:
         """Let this stream wait until what leaves this rank has left and what it copies has been copied."""
@@ -264,7 +281,7 @@ class _Experts(torch.autograd.Function):
             _return(flight, round_, gate_up_gradient, where, saved.w13, 2, None, saved.turns, weight_parts)
             token_gradient = torch.zeros(1, device=saved.w13.device)
             if not exchange.presummed:
-                programs = flight.programs_once_landed(flight.gradient_ticket)
+                programs = flight.programs_once_landed()
         else:
             # Nobody waits for these gradients: neither the input nor the router needs one, on any rank.
             combine.release(round_)
@@ -295,8 +312,7 @@ def _return(
 
     weight_parts: of the router weights' gradients, which travel along.
     """
-    exchange, ticket = flight.exchange, flight.ticket if round_ is flight.round else flight.gradient_ticket
-    programs = flight.programs_once_landed(ticket)
+    exchange, programs = flight.exchange, flight.programs_once_landed()
     if not exchange.presummed:
         combine.wait_to_send(round_)
         if weight_parts is not None:
@@ -305,14 +321,7 @@ def _return(
         combine.announce_sent(round_)
         return
     values = experts.project(inputs, where, weight, column_dim, programs=programs)
-    with exchange.beside():
-        combine.wait_to_send(round_)
-        if weight_parts is not None:
-            combine.push_weight_gradients(round_, weight_parts, where.places)
-        combine.push_sums(round_, values, where.places, weights, turns, exchange.top_k)
-        combine.announce_sent(round_)
-    read = (values, where.places, weights, turns, weight_parts)
-    flight.leaving, flight.mark = tuple(each for each in read if each is not None), exchange.mark()
+    flight.send_sums(round_, values, where.places, weights, turns, weight_parts)
 
 
 class Combine(torch.autograd.Function):

@@ -12,15 +12,28 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from farskip_fused import tuning
 from farskip_fused.errors import UsageError
 from farskip_fused.kernels import experts, experts_backward, gather_sum, layout
 from farskip_fused.kernels.layout import Layout
 from farskip_fused.kernels.machine import aligned
+from farskip_fused.router import INITIAL_STD
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def new_experts(
+    count: int, hidden_size: int, intermediate_size: int, device: torch.device | str | None, dtype: torch.dtype
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """Random w13 [E, 2I, H] and w2 [E, H, I]."""
+    w13 = nn.Parameter(torch.empty(count, 2 * intermediate_size, hidden_size, device=device, dtype=dtype))
+    w2 = nn.Parameter(torch.empty(count, hidden_size, intermediate_size, device=device, dtype=dtype))
+    for weight in (w13, w2):
+        nn.init.normal_(weight, std=INITIAL_STD)
+    return w13, w2
+
 
 _LAYOUT = "Tensor order, Tensor places, Tensor offsets, Tensor tiles, Tensor tile_count, int tile_rows"
 _INPUTS = "Tensor hidden_states, Tensor top_k_weights, Tensor w13, Tensor w2"

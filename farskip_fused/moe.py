@@ -28,8 +28,9 @@ from farskip_fused.local_experts import (
     check_experts,
     check_hidden_states,
     check_routing,
+    new_experts,
 )
-from farskip_fused.router import INITIAL_STD, Router
+from farskip_fused.router import Router
 from farskip_fused.symmetric import SymmetricMemory
 from farskip_fused.symmetric.slots import MINIMUM_DEPTH, SlotShape
 
@@ -86,11 +87,7 @@ class FusedExperts(nn.Module):
             max_tokens, hidden_size, top_k, dtype, depth,
             planes=planes, fp8=self.exchange_options.fp8, staged=ep is not None and ep.by_put,
         )  # fmt: skip
-        local = num_experts // world
-        self.w13 = nn.Parameter(torch.empty(local, 2 * intermediate_size, hidden_size, device=device, dtype=dtype))
-        self.w2 = nn.Parameter(torch.empty(local, hidden_size, intermediate_size, device=device, dtype=dtype))
-        for weight in (self.w13, self.w2):
-            nn.init.normal_(weight, std=INITIAL_STD)
+        self.w13, self.w2 = new_experts(num_experts // world, hidden_size, intermediate_size, device, dtype)
         self._exchange: Exchange | None = None
         self._is_set_up = ep is None
 

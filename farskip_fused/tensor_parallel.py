@@ -18,8 +18,8 @@ from farskip_fused.all_reduce import AllReduce, PendingSum
 from farskip_fused.connectivity import Connectivity
 from farskip_fused.errors import UsageError
 from farskip_fused.exchange_setup import check_sizes
-from farskip_fused.local_experts import LocalPending, arrange_entries, check_experts, check_hidden_states
-from farskip_fused.router import INITIAL_STD, Router
+from farskip_fused.local_experts import LocalPending, arrange_entries, check_experts, check_hidden_states, new_experts
+from farskip_fused.router import Router
 from farskip_fused.schedule import TENSOR_PARALLEL_CONNECTIVITIES, tensor_parallel_order
 from farskip_fused.symmetric import SymmetricMemory
 
@@ -57,10 +57,7 @@ class SplitMoE(nn.Module):
         local = num_experts // memory.world
         self.first_expert = memory.rank * local
         self.gate = Router(hidden_size, num_experts, top_k, device=device, dtype=dtype, **routing_options)
-        self.w13 = nn.Parameter(torch.empty(local, 2 * intermediate_size, hidden_size, device=device, dtype=dtype))
-        self.w2 = nn.Parameter(torch.empty(local, hidden_size, intermediate_size, device=device, dtype=dtype))
-        for weight in (self.w13, self.w2):
-            nn.init.normal_(weight, std=INITIAL_STD)
+        self.w13, self.w2 = new_experts(local, hidden_size, intermediate_size, device, dtype)
 
     def start(self, hidden_states: Tensor) -> LocalPending:
         """Gate and routing of [..., H], the same at every rank; ``finish()`` of what it returns runs the experts."""

@@ -227,13 +227,8 @@ class _Return(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, token: Tensor, outputs: Tensor, arrival: _Arrival, flight: Flight) -> Tensor:
-        exchange, round_ = flight.exchange, flight.round
         (_, weights), where, turns = arrival
-        with exchange.beside():
-            combine.wait_to_send(round_)
-            combine.push_sums(round_, outputs, where.places, weights, turns, exchange.top_k)
-            combine.announce_sent(round_)
-        flight.leaving, flight.mark = (outputs, where.places, weights, turns), exchange.mark()
+        flight.send_sums(flight.round, outputs, where.places, weights, turns)
         if is_recomputing():
             flight.combined, _ = flight.finish(None)  # as in expert_parallel: nobody else may end the round
         ctx.flight = flight
