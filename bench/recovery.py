@@ -134,7 +134,7 @@ class Bench:
     def _expected(self, name: str) -> float:
         """Seconds, from units of the same kind that are done."""
         if name.endswith("/teacher"):
-            return self.sizes.teacher_seconds * 1.3 / (1 if name.startswith("deepseek") else 3)
+            return self.sizes.teacher_seconds * 1.3 / (1 if name.startswith("deepseek") else 1.5)
         untrained = "untrained" in name
         done = [each["seconds"] for n, _ in self.units() if ("untrained" in n) == untrained and (each := self.result(n))
                 and not n.endswith("/teacher")]  # fmt: skip
@@ -171,7 +171,7 @@ class Bench:
         before = copy.deepcopy(model)
         ff.distill(model, data.training, config, steps=PROBE_WARM_UP, console=self.console)
         probe = ff.distill(model, data.training, config, steps=PROBE_STEPS, console=self.console)
-        seconds = sizes.teacher_seconds / (1 if shape == "deepseek" else 3)
+        seconds = sizes.teacher_seconds / (1 if shape == "deepseek" else 1.5)
         steps = max(10, int(seconds * probe.tokens_per_second / sizes.teacher_batch))
         report = ff.distill(
             before, data.training, config, steps=steps, warmup_steps=min(100, steps // 10),

@@ -10,8 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
+from farskip_fused.bench.plan_accuracy import replace_between
 from farskip_fused.plan.figure import new_figure
 
+MARKS = ("<!-- recovery -->", "<!-- end of recovery -->")
 Results = Mapping[str, dict[str, Any]]
 
 SHAPES = {"deepseek": "DeepSeek-V3 shape, one shared expert", "qwen": "Qwen3-MoE shape, no shared experts"}
@@ -21,13 +23,15 @@ SHARES = {"1": "one layer", "25%": "25 %", "50%": "50 %", "75%": "75 %"}
 
 
 def write(results: Results, about: Mapping[str, str], folder: Path | None, console: Console) -> None:
-    """Prints all tables; with a folder also writes recovery.md and the figures there."""
+    """Prints all tables; with a folder also writes its figures, and the tables between the marks of recovery.md."""
     text = document(results, about)
     console.print(Markdown(text))
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recovery.md").write_text(text, encoding="utf-8")
+    file = folder / "recovery.md"
+    around = file.read_text(encoding="utf-8") if file.exists() else f"{MARKS[0]}\n{MARKS[1]}\n"
+    file.write_text(replace_between(around, MARKS, text.rstrip()), encoding="utf-8")
     for shape in SHAPES:
         if f"{shape}/fcsd-0" in results:
             _draw(results, shape, folder / f"recovery-{shape}.png")
@@ -35,13 +39,9 @@ def write(results: Results, about: Mapping[str, str], folder: Path | None, conso
 
 def document(results: Results, about: Mapping[str, str]) -> str:
     parts = [
-        "# What conversion costs, and what brings it back\n",
-        "Written by `python -m farskip_fused.bench.recovery --write docs`"
-        f" ({about['device']}, torch {about['torch']}). The models are small and trained here, on Python source that"
-        " any machine with these packages holds, so they are easier to repair than a trained-out model of billions of"
-        " parameters may be; learning rates are swept for FCSD and for SFT each. KL and cross-entropy are in nats a"
-        " token of held-out files; pass@1 is of generated small functions, with the 95 % interval of its paired"
-        " difference from the teacher, in points.\n",
+        f"On {about['device']}, torch {about['torch']}. KL and cross-entropy are in nats a token of held-out files;"
+        " pass@1 is of generated small functions, with the 95 % interval of its paired difference from the teacher,"
+        " in points.\n",
     ]
     for shape, title in SHAPES.items():
         if f"{shape}/teacher" in results:

@@ -27,7 +27,7 @@ class Sizes:
     """How large everything is; ``FULL`` is for one H100, ``TOY`` for a try on a processor.
 
     solved: documents of solved small functions in the text. recovery_tokens: of each recovery, whose batch is
-    ``recovery_batch``. teacher_seconds: of training the first model; the second one gets a third.
+    ``recovery_batch``. teacher_seconds: of training the first model; the second one gets two thirds.
     """
 
     vocabulary: int = 8192

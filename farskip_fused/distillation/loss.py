@@ -55,7 +55,8 @@ def kl_divergence(
     def divergence(student: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         teacher = log_probabilities(teacher_hidden[rows], teacher_head).to(student.device)
         probabilities = teacher.exp()
-        loss = teacher.sub_(student).mul_(probabilities).sum(dtype=torch.float64)
+        # Wide from rows on only: a GPU would copy all of the slice to float64 first.
+        loss = teacher.sub_(student).mul_(probabilities).sum(-1).sum(dtype=torch.float64)
         return loss, student.exp_().sub_(probabilities)
 
     return _mean_over_tokens(student_hidden, student_head, chunk_size, divergence)

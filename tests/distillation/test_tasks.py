@@ -59,7 +59,27 @@ def test_tasks_are_the_same_for_a_seed_and_differ_from_each_other():
 def test_a_completion_is_cut_where_the_function_ends():
     task = Task("double", "def double(x):\n", "assert double(2) == 4")
     written = "    return 2 * x\n\ndef double(x):\n    return 0\n"
-    assert task.program(written) == "def double(x):\n    return 2 * x\n\n\nassert double(2) == 4\n"
+    program = "def double(x):\n    return 2 * x\n\n\nassert double(2) == 4\n"
+    assert task.program(written) == program
+    assert task.program("\n" + written) == program
+    assert Task("f", "", "").program("\n# said first\nx = 1\n# said after") == "# said first\nx = 1\n\n\n"
+
+
+def test_a_model_continues_a_prompt_whose_line_has_not_ended(tokenizer):
+    """Trained on whole documents, it has seen a line's end by itself only where a document ended."""
+    for task in (function_tasks(1)[0], Task("f", "def f(x):\n", "")):
+        assert task.prompt.endswith("\n")
+        assert task.asked == task.prompt[:-1]
+    seen = []
+
+    class Listener(Parrot):
+        def generate(self, input_ids, attention_mask, **options):
+            seen.append(self.tokenizer.decode(input_ids[0], skip_special_tokens=True))
+            return super().generate(input_ids, attention_mask, **options)
+
+    task = Task("f", "def f(x):\n", "assert f(1) == 2")
+    assert pass_rate(Listener(tokenizer, {"def f(x):": "\n    return x + 1"}), tokenizer, [task]).solved == [True]
+    assert seen == ["def f(x):"]
 
 
 SIGNAL_TO_PARENT = """\
@@ -135,7 +155,7 @@ def tokenizer():
 
 
 def test_the_pass_rate_counts_what_runs_through(tokenizer):
-    answers = {"def f(x):\n": "    return x + 1\n\ndef g():\n    exit()", "def g(x, y):\n": "    return x"}
+    answers = {"def f(x):": "\n    return x + 1\n\ndef g():\n    exit()", "def g(x, y):": "\n    return x"}
     tasks = [Task("f", "def f(x):\n", "assert f(1) == 2"), Task("g", "def g(x, y):\n", "assert g(1, 2) == 2")]
     seen = []
     found = pass_rate(Parrot(tokenizer, answers), tokenizer, tasks, batch=1, on_batch=seen.append)
@@ -144,7 +164,7 @@ def test_the_pass_rate_counts_what_runs_through(tokenizer):
     assert found.to_dict() == {"pass_at_1": 0.5, "tasks": 2, "solved": [True, False]}
     with pytest.raises(UsageError, match="No tasks"):
         pass_rate(Parrot(tokenizer, answers), tokenizer, [])
-    longest, seen = len(tokenizer("def g(x, y):\n")["input_ids"]) + 1, []
+    longest, seen = len(tokenizer("def g(x, y):")["input_ids"]) + 1, []
     pass_rate(Parrot(tokenizer, answers), tokenizer, tasks * 2, most_tokens=2 * longest + 1, on_batch=seen.append)
     assert seen == [2, 2]
 

@@ -57,7 +57,7 @@ def pass_rate(
     if not tasks:
         raise UsageError("No tasks were given; give some.")
     if most_tokens is not None:
-        longest = max(len(_encoded(tokenizer, task.prompt)) for task in tasks)
+        longest = max(len(_encoded(tokenizer, task.asked)) for task in tasks)
         batch = max(1, min(batch, most_tokens // longest))
     programs = []
     with eval_mode(model), torch.no_grad():
@@ -79,7 +79,7 @@ def metric(tokenizer: Any, tasks: Sequence[Task], **options: Any) -> Callable[[n
 def _continue(
     model: nn.Module, tokenizer: Any, tasks: Sequence[Task], max_new_tokens: int, *, together: bool = False
 ) -> list[str]:
-    ids, mask = _left_padded([_encoded(tokenizer, task.prompt) for task in tasks], tokenizer.eos_token_id or 0)
+    ids, mask = _left_padded([_encoded(tokenizer, task.asked) for task in tasks], tokenizer.eos_token_id or 0)
     device = device_of(model)
     longest = getattr(cast(Any, model).config, "max_position_embeddings", None)
     room = max_new_tokens if longest is None else min(max_new_tokens, longest - ids.shape[1])
@@ -123,7 +123,10 @@ class _Stop(StoppingCriteria):
         self._done = [False] * len(stops)
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
-        tails = self._tokenizer.batch_decode(input_ids[:, max(self._start, input_ids.shape[1] - TAIL) :])
+        begin = max(self._start, input_ids.shape[1] - TAIL)
+        tails = self._tokenizer.batch_decode(input_ids[:, begin:])
+        if begin == self._start:  # the end of the prompt's last line is no part of a stop
+            tails = [tail.lstrip("\n") for tail in tails]
         for row, (tail, stops) in enumerate(zip(tails, self._stops, strict=True)):
             self._done[row] = self._done[row] or any(stop in tail for stop in stops)
         return torch.tensor(self._done, device=input_ids.device)

@@ -21,8 +21,18 @@ class Task:
     stops: tuple[str, ...] = AFTER_A_FUNCTION
     kept: bool = True
 
+    @property
+    def asked(self) -> str:
+        """The prompt as a model sees it, without whitespace at its end.
+
+        Tokenizers join a line's end and the indentation that follows. After a prompt that ends at the line's end, a
+        model therefore continues as after a text that ends there, mostly with the end of the text.
+        """
+        return self.prompt.rstrip()
+
     def program(self, completion: str) -> str:
         """The program to run for what the model wrote, which is cut at the first stop."""
-        ends = [at for stop in self.stops if (at := completion.find(stop)) >= 0]
-        written = completion[: min(ends, default=len(completion))]
+        written = completion.lstrip("\n")
+        ends = [at for stop in self.stops if (at := written.find(stop)) >= 0]
+        written = written[: min(ends, default=len(written))]
         return f"{self.prompt if self.kept else ''}{written}\n\n{self.check}\n"
