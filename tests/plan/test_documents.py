@@ -17,6 +17,16 @@ def test_the_accuracy_table_is_what_the_command_prints():
     assert between("plan-accuracy.md", "accuracy") == plan_accuracy.table()
 
 
+def test_the_table_of_layers_is_what_the_command_prints():
+    assert between("plan-accuracy.md", "layers") == plan_accuracy.layer_table()
+
+
+def test_layers_between_two_gpus_are_predicted_within_a_tenth_and_the_median_within_a_twentieth():
+    ways = [way for _, ways in plan_accuracy.layers() for way in ways.values()]
+    errors = sorted(abs(predicted / measured - 1) for measured, predicted in ways)
+    assert len(errors) == 36 and errors[-1] < 0.105 and errors[len(errors) // 2] < 0.05
+
+
 @pytest.mark.parametrize("question", ["depth", "window", "trillion"])  # sweeps of 1024 GPUs take longer
 def test_the_answers_are_what_the_command_prints(question, tmp_path):
     assert between("open-questions.md", question) == open_questions.QUESTIONS[question](tmp_path)
