@@ -24,11 +24,12 @@ MATMUL_SHARE, COPY_SHARE = H100_MATMUL / 989, H100_COPY / 3.35
 # nodes, 43 of 50 GB/s (EP16).
 HOPPER_LINK_SHARE, BLACKWELL_LINK_SHARE, NETWORK_SHARE = 0.765, 0.71, 0.86
 # 10^12 numbers a second that stock PyTorch writes where tensors are strided or broadcast; instructions bind it, not
-# memory. Liger-Kernel, benchmark/data/all_benchmark_data.csv: silu(gate) * up of the halves of one tensor on an H100,
-# 8192 rows of 1024 to 32768, 0.0578 to 1.4953 ms ("megatron_swiglu", provider "torch"). Rotary embedding of
-# transformers, all five of its kernels taken as such: H100 0.31, B200 0.32 (8192 tokens), A100 0.183 (2048 tokens).
+# memory. Benchmarks of Liger-Kernel (benchmark/data): silu(gate) * up of the halves of one tensor on an H100, 8192 rows
+# of 1024 to 32768, 0.0578 to 1.4953 ms ("megatron_swiglu", provider "torch"). Rotary embedding of transformers, 1024
+# tokens to 8192 and more, its kernels all taken as such: H100 0.32, A100 0.20, and B200 0.34 with 2.4 times the memory
+# rate of the H100 ("rope", provider "huggingface"; H100: benchmark/rope_speed of the first release).
 HOPPER_STRIDED = 0.36
-AMPERE_STRIDED = HOPPER_STRIDED * 0.183 / 0.31
+AMPERE_STRIDED = HOPPER_STRIDED * 0.20 / 0.32
 # SMs that whole collectives occupy: DeepEP's default of 20 (24 in the Blackwell figure above).
 HOPPER_SMS, BLACKWELL_SMS = 20 / 132, 24 / 148
 # cuDNN's attention and most products of cuBLAS on Hopper are one program a multiprocessor from beginning to end: a

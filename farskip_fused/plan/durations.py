@@ -38,19 +38,18 @@ class Durations:
 
 
 class _Layer:
-    """Durations of one MoE layer of a job. times: 1 forward; 2 backward, where every product becomes two and gradients
-    are read and written beside what is read again."""
+    """Durations of one MoE layer of a job, forward or backward."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.model, self.machine = job, job.sizes, Machine(job.machines, job.fp8)
         self.elementwise = elementwise(job, self.machine)
         self.rows = 2 * self.model.hidden  # bytes of a token's hidden state
 
-    def projections(self, times: int) -> float:
+    def projections(self, backward: bool) -> float:
         job, model = self.job, self.model
         seen, heads = job.replica_tokens, model.heads / job.tp
         key_values = max(1.0, model.key_value_heads / job.tp)
-        linear = partial(self.machine.linear, seen, backward=times > 1)
+        linear = partial(self.machine.linear, seen, backward=backward)
         if model.latent_rank:
             into = linear(model.hidden, model.query_rank + model.latent_rank + model.rope_head)
             queries = linear(model.query_rank or model.hidden, heads * model.query_head)
@@ -59,13 +58,13 @@ class _Layer:
         else:
             width = heads * model.query_head + key_values * (model.query_head + model.value_head)
             products = linear(model.hidden, width)
-        return products + self.elementwise.projections(times > 1) + self.tensor_parallel()
+        return products + self.elementwise.projections(backward) + self.tensor_parallel()
 
-    def core(self, times: int) -> float:
+    def core(self, backward: bool) -> float:
         job, model = self.job, self.model
         seen, heads = job.replica_tokens, model.heads / job.tp
-        output = self.machine.linear(seen, heads * model.value_head, model.hidden, backward=times > 1)
-        return self.scores(times > 1) + output + self.elementwise.core(times > 1) + self.tensor_parallel()
+        output = self.machine.linear(seen, heads * model.value_head, model.hidden, backward=backward)
+        return self.scores(backward) + output + self.elementwise.core(backward) + self.tensor_parallel()
 
     def scores(self, backward: bool) -> float:
         """The attention itself."""
@@ -89,12 +88,12 @@ class _Layer:
         rate = cluster.reduce if job.tp <= cluster.node else cluster.network
         return cluster.latency + moved / (rate * 1e6)
 
-    def gate(self, times: int) -> float:
+    def gate(self, backward: bool) -> float:
         """Norm, gate, top-k, and with the plain all-to-all a copy of each row for each of its experts."""
-        job, model = self.job, self.model
+        job, model, times = self.job, self.model, 2 if backward else 1
         copies = (1 + model.top_k) * self.rows if job.transport == "all-to-all" and not job.reduces else 0
         traffic = job.tokens * (8 * model.experts + copies)
-        return self.elementwise.gate(times > 1) + self.machine.memory(times * traffic, 2 * times)
+        return self.elementwise.gate(backward) + self.machine.memory(times * traffic, 2 * times)
 
     def finish_combine(self, row_an_expert: bool) -> float:
         """Rows come back and are added to the stream: one a token, or one for each of its experts."""
@@ -111,18 +110,18 @@ class _Layer:
         sort = self.machine.memory(rows * 2 * self.rows) if job.transport == "all-to-all" and not job.reduces else 0.0
         return self.machine.experts(rows, model.hidden, intermediate, active, backward=backward) + sort
 
-    def mlp(self, size: float, tokens: int, times: int) -> float:
+    def mlp(self, size: float, tokens: int, backward: bool) -> float:
         """A dense SwiGLU MLP, such as the shared experts."""
         if not size:
             return 0.0
-        hidden, activation = self.model.hidden, self.elementwise.activation(size, tokens, times > 1)
+        hidden, activation = self.model.hidden, self.elementwise.activation(size, tokens, backward)
         up, down = (
-            self.machine.linear(tokens, *sizes, backward=times > 1) for sizes in ((hidden, 2 * size), (size, hidden))
+            self.machine.linear(tokens, *sizes, backward=backward) for sizes in ((hidden, 2 * size), (size, hidden))
         )
         return up + down + activation
 
-    def shared(self, times: int) -> float:
-        return self.mlp(self._shared_size(), self.job.tokens, times)
+    def shared(self, backward: bool) -> float:
+        return self.mlp(self._shared_size(), self.job.tokens, backward)
 
     def first_shared(self) -> float:
         """The first product of the shared experts."""
@@ -155,13 +154,13 @@ def backward_durations(job: Job, *, early_combine: bool = False) -> Durations:
 
 def _forward(job: Job, early_combine: bool) -> dict[str, float]:
     layer = _Layer(job)
-    attention = {"attention_projections": layer.projections(1), "attention_core": layer.core(1)}
-    rest = {"experts": layer.experts(False), "shared_experts": layer.shared(1)}
+    attention = {"attention_projections": layer.projections(False), "attention_core": layer.core(False)}
+    rest = {"experts": layer.experts(False), "shared_experts": layer.shared(False)}
     if job.reduces:
-        return {**attention, "gate": layer.gate(1), **rest}
+        return {**attention, "gate": layer.gate(False), **rest}
     return {
         **attention, "finish_combine": layer.finish_combine(_row_an_expert(job, early_combine)),
-        "start_dispatch": layer.gate(1), **rest,
+        "start_dispatch": layer.gate(False), **rest,
     }  # fmt: skip
 
 
@@ -169,13 +168,13 @@ def _backward(job: Job, early_combine: bool) -> dict[str, float]:
     layer = _Layer(job)
     half = layer.experts(True) / 2
     return {
-        "attention_projections_backward": layer.projections(2),
-        "attention_core_backward": layer.core(2),
+        "attention_projections_backward": layer.projections(True),
+        "attention_core_backward": layer.core(True),
         "start_combine_gradients": layer.finish_combine(job.transport == "all-to-all"),
-        "finish_dispatch_gradients": layer.gate(2),
+        "finish_dispatch_gradients": layer.gate(True),
         "experts_input_gradients": half,
         "experts_weight_gradients": half,
-        "shared_experts_backward": layer.shared(2),
+        "shared_experts_backward": layer.shared(True),
     }
 
 
@@ -234,17 +233,17 @@ def outside_moe_layers(job: Job) -> float:
     """ms of a step outside the MoE layers: dense layers, output head, optimizer."""
     layer, model, machine = _Layer(job), job.sizes, Machine(job.machines, job.fp8)
     training = job.phase == "training"
+    passes = (False, True) if training else (False,)
     size = model.dense_intermediate / (job.tp if job.reduces else 1)
     dense = 0.0
-    for times in (1, 2) if training else (1,):
-        again = 2 if times == 1 and job.recomputes else 1
-        dense += again * (layer.projections(times) + layer.core(times) + layer.mlp(size, job.tokens, times))
+    for backward in passes:
+        again = 2 if not backward and job.recomputes else 1
+        dense += again * (layer.projections(backward) + layer.core(backward) + layer.mlp(size, job.tokens, backward))
         dense += 0.0 if not job.reduces else 2 * reduction(job)
     predicted = job.tokens if training else job.batch
     vocabulary = model.vocabulary / (job.tp if job.reduces else 1)
     head = sum(
-        Machine(job.machines).linear(predicted, model.hidden, vocabulary, backward=backward)
-        for backward in ((False, True) if training else (False,))
+        Machine(job.machines).linear(predicted, model.hidden, vocabulary, backward=backward) for backward in passes
     )
     if not training:
         return dense * (model.layers - model.moe_layers) + head

@@ -8,34 +8,17 @@ schedule's sums, forward and in autograd's backward. All times in ms of one rank
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 from farskip_fused.plan.job import Job
 from farskip_fused.plan.kernels import Machine
 
 
-class Elementwise(Protocol):
-    """Beside the products of an action, forward or backward."""
+class Elementwise(ABC):
+    """Beside the products of an action, forward or backward.
 
-    def projections(self, backward: bool) -> float:
-        """The attention's norm, norms of latents or heads, rotary embedding."""
-
-    def core(self, backward: bool) -> float:
-        """The addition of the attention's output."""
-
-    def gate(self, backward: bool) -> float:
-        """The MoE's norm; and the router's product, which is float32 where autograd multiplies."""
-
-    def activation(self, size: float, tokens: int, backward: bool) -> float:
-        """SwiGLU of a dense MLP of intermediate ``size``."""
-
-
-def elementwise(job: Job, machine: Machine) -> Elementwise:
-    return (Separate if job.elementwise == "separate" else Fused)(job, machine)
-
-
-class _Sizes:
-    """of_tokens: numbers of the rank's hidden states. queries, keys, values: of all heads that it attends with."""
+    of_tokens: numbers of the rank's hidden states. queries, keys, values: of all heads that it attends with.
+    """
 
     def __init__(self, job: Job, machine: Machine) -> None:
         self.job, self.model, self.machine = job, job.sizes, machine
@@ -46,8 +29,28 @@ class _Sizes:
         self.queries, self.keys = (seen * heads * model.query_head for heads in (self.heads, self.key_heads))
         self.values = seen * self.key_heads * model.value_head
 
+    @abstractmethod
+    def projections(self, backward: bool) -> float:
+        """The attention's norm, norms of latents or heads, rotary embedding."""
 
-class Fused(_Sizes):
+    @abstractmethod
+    def core(self, backward: bool) -> float:
+        """The addition of the attention's output."""
+
+    @abstractmethod
+    def gate(self, backward: bool) -> float:
+        """The MoE's norm; and the router's product, which is float32 where autograd multiplies."""
+
+    @abstractmethod
+    def activation(self, size: float, tokens: int, backward: bool) -> float:
+        """SwiGLU of a dense MLP of intermediate ``size``."""
+
+
+def elementwise(job: Job, machine: Machine) -> Elementwise:
+    return (Separate if job.elementwise == "separate" else Fused)(job, machine)
+
+
+class Fused(Elementwise):
     """Backward, gradients are read and written beside what is read again."""
 
     def projections(self, backward: bool) -> float:
@@ -70,7 +73,7 @@ class Fused(_Sizes):
         return self.machine.memory(times * tokens * 3 * size * 2, times)
 
 
-class Separate(_Sizes):
+class Separate(Elementwise):
     """bfloat16: an addition moves 6 bytes a number, a concatenation of contiguous tensors 4."""
 
     def projections(self, backward: bool) -> float:
