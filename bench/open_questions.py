@@ -24,6 +24,7 @@ MODELS_ASKED = ("deepseek-v2-lite", "qwen3-30b-a3b", "llama-4-scout", "qwen3-235
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 FRONTIER_CLUSTERS = ("h200-ib400", "gb200-nvl72")
 ROOMY = replace(CLUSTERS["h200-ib400"], capacity=1e6)  # where memory is not the question
+ELEMENTWISE = "fused"  # as training frameworks run at this scale
 PEAK = {"h200-ib400": 989, "gb200-nvl72": 2500}  # dense bfloat16 TFLOP/s, datasheets
 COLOURS = ("#969696", "#e6550d", "#31a354", "#756bb1")
 
@@ -40,7 +41,7 @@ def depth(folder: Path) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for model in MODELS_ASKED:
-        job = Job(model, ROOMY, ep=_largest(model))
+        job = Job(model, ROOMY, ep=_largest(model), elementwise=ELEMENTWISE)
         moved, room = window(job)
         times = [predict_once(replace(job, depth=at)).forward for at in (1, 2, 3)]
         cells = [f"{one.farskip:.2f}" for one in times]
@@ -49,13 +50,14 @@ def depth(folder: Path) -> str:
         lines.append(f"| {model}, {job.ep} | {limits} | {' | '.join(cells)} | {bound:.2f} |")
     figure = new_figure(9, 3.4)
     for axes, model in zip(figure.subplots(1, 2), ("qwen3-30b-a3b", "deepseek-v3"), strict=True):
-        base = Job(model, ROOMY, ep=64)
+        base = Job(model, ROOMY, ep=64, elementwise=ELEMENTWISE)
         for at, colour in zip((0, 1, 2, 3), COLOURS, strict=True):
             points = []
             for step in range(40):
-                # Everything that is not the network stays; contention is left out to show the schedule alone.
+                # Everything that is not the network stays; what transfers and kernels take from each other is left out
+                # to show the schedule alone.
                 rate = 4 * 1.17**step
-                cluster = replace(ROOMY, network=rate, link=8 * rate, collective_share=0.0)
+                cluster = replace(ROOMY, network=rate, link=8 * rate, collective_share=0.0, late=0.0)
                 job = replace(base, cluster=cluster, depth=max(1, at), connectivity="farskip" if at else "standard")
                 direction = predict_once(job).forward
                 moved = sum(forward_durations(job).transfers.values())
@@ -83,7 +85,7 @@ def attention_window(folder: Path) -> str:
         places = range(len(MODELS_ASKED))
         bars: list[list[float]] = []
         for model in MODELS_ASKED:
-            job = Job(model, ROOMY, ep=_largest(model), sequence=sequence)
+            job = Job(model, ROOMY, ep=_largest(model), sequence=sequence, elementwise=ELEMENTWISE)
             moved, fused_kernel = window(job)
             faster = replace(job, cluster=replace(ROOMY, attention=2.0))
             # Scores in bfloat16: written, read and written by the softmax, read again, over all pairs of tokens.
@@ -109,7 +111,7 @@ def attention_window(folder: Path) -> str:
 
 def frontier(folder: Path) -> str:
     """The best split of 8 to 1024 GPUs, training, without and with FarSkip, at the same tokens a GPU."""
-    return _frontier(folder / "open-questions-frontier.png", {})
+    return _frontier(folder / "open-questions-frontier.png", {"elementwise": ELEMENTWISE})
 
 
 def serving(folder: Path) -> str:
@@ -180,7 +182,7 @@ def trillion(folder: Path) -> str:
         points: list[tuple[int, list[float]]] = []
         for ep in (8, 16, 32, 64, 128):
             try:
-                job = Job(model, cluster, ep=ep, dp=gpus)
+                job = Job(model, cluster, ep=ep, dp=gpus, elementwise=ELEMENTWISE)
             except UsageError:
                 continue
             plain = predict_once(job)

@@ -397,6 +397,9 @@ def plan(
     connectivity: Annotated[str, typer.Option(help="farskip, attention_only, moe_only or standard.")] = "farskip",
     depth: Annotated[int, typer.Option(help="Layers that the MoE's input is behind, 1 to 3.")] = 1,
     transport: Annotated[str, typer.Option(help="streams, all-to-all or fused.")] = "streams",
+    elementwise: Annotated[
+        str | None, typer.Option(help="Norms, rotary embedding and the like: separate (training's default) or fused.")
+    ] = None,
     skew: Annotated[float, typer.Option(help="Exponent of a Zipf law over experts; 0 is uniform.")] = 0.0,
     layers: Annotated[int | None, typer.Option(help="Cut the model to its first layers.")] = None,
     micro_batches: Annotated[int, typer.Option(help="Forward and backward passes of an optimizer step.")] = 1,
@@ -411,7 +414,7 @@ def plan(
     job = {
         "model": model, "cluster": cluster, "ep": ep, "tp": tp, "dp": dp, "sequence": sequence, "batch": batch,
         "phase": phase, "precision": precision, "connectivity": connectivity, "depth": depth, "transport": transport,
-        "skew": skew, "layers": layers, "micro_batches": micro_batches,
+        "elementwise": elementwise, "skew": skew, "layers": layers, "micro_batches": micro_batches,
     }  # fmt: skip
     write_json(json_file, command.run(job, swept=sweep, figure=figure, html=html))
 

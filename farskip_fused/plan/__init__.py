@@ -5,13 +5,14 @@ of kernels and links; ``sweep`` tries all splits of the same GPUs.
 """
 
 from farskip_fused.plan.clusters import CLUSTERS, Cluster
-from farskip_fused.plan.job import PHASES, PRECISIONS, TRANSPORTS, Job
+from farskip_fused.plan.job import ELEMENTWISE, PHASES, PRECISIONS, TRANSPORTS, Job
 from farskip_fused.plan.models import MODELS, Model
 from farskip_fused.plan.prediction import Prediction, predict, recommendation
 from farskip_fused.plan.splits import Sweep, sweep
 
 __all__ = [
     "CLUSTERS",
+    "ELEMENTWISE",
     "MODELS",
     "PHASES",
     "PRECISIONS",

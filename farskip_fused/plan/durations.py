@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 
+from farskip_fused.plan.clusters import without
+from farskip_fused.plan.elementwise import elementwise
 from farskip_fused.plan.job import Job
 from farskip_fused.plan.kernels import Machine
 
@@ -18,7 +21,8 @@ OPTIMIZER_TRAFFIC = 30  # bytes of a parameter in an AdamW step: gradient, momen
 class Durations:
     """Milliseconds of actions and of transfers on the link.
 
-    contention: share of the SMs that a transfer in flight takes from computation.
+    contention: share of computation's rate that a transfer in flight takes.
+    held: of an action, how long its first kernel leaves no SM to a transfer that was launched before it.
     pieces: blocks in which transfers and the experts' work follow each other; 1 for whole collectives.
     early_combine: whether blocks of results leave as they are finished, or all after the last.
     own: share of the experts' rows that are there without a transfer.
@@ -27,43 +31,40 @@ class Durations:
     actions: dict[str, float]
     transfers: dict[str, float]
     contention: float = 0.0
+    held: dict[str, float] = field(default_factory=dict)
     pieces: int = 1
     early_combine: bool = False
     own: float = 0.0
 
 
 class _Layer:
-    """Durations of one MoE layer of a job. times: 1 forward; 2 backward, where every product becomes two and gradients
-    are read and written beside what is read again."""
+    """Durations of one MoE layer of a job, forward or backward."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.model, self.machine = job, job.sizes, Machine(job.machines, job.fp8)
+        self.elementwise = elementwise(job, self.machine)
         self.rows = 2 * self.model.hidden  # bytes of a token's hidden state
 
-    def projections(self, times: int) -> float:
+    def projections(self, backward: bool) -> float:
         job, model = self.job, self.model
         seen, heads = job.replica_tokens, model.heads / job.tp
         key_values = max(1.0, model.key_value_heads / job.tp)
-        norm = self.machine.memory(times * job.tokens * 2 * self.rows, times)
+        linear = partial(self.machine.linear, seen, backward=backward)
         if model.latent_rank:
-            into = self.machine.matmul(seen, model.hidden, model.query_rank + model.latent_rank + model.rope_head)
-            queries = self.machine.matmul(seen, model.query_rank or model.hidden, heads * model.query_head)
+            into = linear(model.hidden, model.query_rank + model.latent_rank + model.rope_head)
+            queries = linear(model.query_rank or model.hidden, heads * model.query_head)
             keys_values = heads * (model.query_head - model.rope_head + model.value_head)
-            products = into + queries + self.machine.matmul(seen, model.latent_rank, keys_values)
-            rotated = heads * model.query_head + model.rope_head
+            products = into + queries + linear(model.latent_rank, keys_values)
         else:
             width = heads * model.query_head + key_values * (model.query_head + model.value_head)
-            products = self.machine.matmul(seen, model.hidden, width)
-            rotated = (heads + key_values) * model.query_head
-        rotation = self.machine.memory(times * seen * rotated * 2 * 2, times)
-        return norm + times * products + rotation + self.tensor_parallel()
+            products = linear(model.hidden, width)
+        return products + self.elementwise.projections(backward) + self.tensor_parallel()
 
-    def core(self, times: int) -> float:
+    def core(self, backward: bool) -> float:
         job, model = self.job, self.model
         seen, heads = job.replica_tokens, model.heads / job.tp
-        output = times * self.machine.matmul(seen, heads * model.value_head, model.hidden)
-        added = self.machine.memory(times * job.tokens * 3 * self.rows, times)
-        return self.scores(times > 1) + output + added + self.tensor_parallel()
+        output = self.machine.linear(seen, heads * model.value_head, model.hidden, backward=backward)
+        return self.scores(backward) + output + self.elementwise.core(backward) + self.tensor_parallel()
 
     def scores(self, backward: bool) -> float:
         """The attention itself."""
@@ -87,13 +88,12 @@ class _Layer:
         rate = cluster.reduce if job.tp <= cluster.node else cluster.network
         return cluster.latency + moved / (rate * 1e6)
 
-    def gate(self, times: int) -> float:
+    def gate(self, backward: bool) -> float:
         """Norm, gate, top-k, and with the plain all-to-all a copy of each row for each of its experts."""
-        job, model = self.job, self.model
+        job, model, times = self.job, self.model, 2 if backward else 1
         copies = (1 + model.top_k) * self.rows if job.transport == "all-to-all" and not job.reduces else 0
-        product = times * self.machine.matmul(job.tokens, model.hidden, model.experts)
-        traffic = job.tokens * (2 * self.rows + 8 * model.experts + copies)
-        return product + self.machine.memory(times * traffic, 3 * times)
+        traffic = job.tokens * (8 * model.experts + copies)
+        return self.elementwise.gate(backward) + self.machine.memory(times * traffic, 2 * times)
 
     def finish_combine(self, row_an_expert: bool) -> float:
         """Rows come back and are added to the stream: one a token, or one for each of its experts."""
@@ -110,71 +110,96 @@ class _Layer:
         sort = self.machine.memory(rows * 2 * self.rows) if job.transport == "all-to-all" and not job.reduces else 0.0
         return self.machine.experts(rows, model.hidden, intermediate, active, backward=backward) + sort
 
-    def mlp(self, size: float, tokens: int, times: int) -> float:
+    def mlp(self, size: float, tokens: int, backward: bool) -> float:
         """A dense SwiGLU MLP, such as the shared experts."""
         if not size:
             return 0.0
-        hidden, memory = self.model.hidden, self.machine.memory(times * tokens * 3 * size * 2, times)
-        up = self.machine.matmul(tokens, hidden, 2 * size)
-        return times * (up + self.machine.matmul(tokens, size, hidden)) + memory
+        hidden, activation = self.model.hidden, self.elementwise.activation(size, tokens, backward)
+        up, down = (
+            self.machine.linear(tokens, *sizes, backward=backward) for sizes in ((hidden, 2 * size), (size, hidden))
+        )
+        return up + down + activation
 
-    def shared(self, times: int) -> float:
-        return self.mlp(self.model.shared / (self.job.tp if self.job.reduces else 1), self.job.tokens, times)
+    def shared(self, backward: bool) -> float:
+        return self.mlp(self._shared_size(), self.job.tokens, backward)
+
+    def first_shared(self) -> float:
+        """The first product of the shared experts."""
+        return self.machine.matmul(self.job.tokens, self.model.hidden, 2 * self._shared_size())
+
+    def _shared_size(self) -> float:
+        return self.model.shared / (self.job.tp if self.job.reduces else 1)
 
 
 def forward_durations(job: Job, *, early_combine: bool = False) -> Durations:
     """Of one MoE layer's forward pass on the busiest rank. early_combine: of the fused transport, see ``Durations``."""
-    layer = _Layer(job)
-    attention = {"attention_projections": layer.projections(1), "attention_core": layer.core(1)}
-    rest = {"experts": layer.experts(False), "shared_experts": layer.shared(1)}
     if job.reduces:
         reduce = reduction(job)
-        transfers = {"attention_reduce": reduce, "expert_reduce": reduce}
-        share = job.machines.fused_share if job.transport == "fused" else job.machines.collective_share
-        return Durations({**attention, "gate": layer.gate(1), **rest}, transfers, share)
-    actions = {
-        **attention, "finish_combine": layer.finish_combine(_row_an_expert(job, early_combine)),
-        "start_dispatch": layer.gate(1), **rest,
-    }  # fmt: skip
+        return _durations(job, _forward, {"attention_reduce": reduce, "expert_reduce": reduce}, early_combine)
     transfers = {
         "dispatch": exchange(job, job.fp8, job.transport == "all-to-all"),
         "combine": exchange(job, False, _row_an_expert(job, early_combine)),
     }
-    return Durations(actions, transfers, **_transport(job, early_combine))
+    return _durations(job, _forward, transfers, early_combine)
 
 
 def backward_durations(job: Job, *, early_combine: bool = False) -> Durations:
     """Of one MoE layer's backward pass. The experts' input and weight gradients take half of their time each."""
-    layer = _Layer(job)
-    half = layer.experts(True) / 2
-    actions = {
-        "attention_projections_backward": layer.projections(2),
-        "attention_core_backward": layer.core(2),
-        "start_combine_gradients": layer.finish_combine(job.transport == "all-to-all"),
-        "finish_dispatch_gradients": layer.gate(2),
-        "experts_input_gradients": half,
-        "experts_weight_gradients": half,
-        "shared_experts_backward": layer.shared(2),
-    }
     transfers = {
         "combine_gradients": exchange(job, False, job.transport == "all-to-all"),
         "dispatch_gradients": exchange(job, False, _row_an_expert(job, early_combine)),
     }
-    return Durations(actions, transfers, **_transport(job, early_combine))
+    return _durations(job, _backward, transfers, early_combine)
+
+
+def _forward(job: Job, early_combine: bool) -> dict[str, float]:
+    layer = _Layer(job)
+    attention = {"attention_projections": layer.projections(False), "attention_core": layer.core(False)}
+    rest = {"experts": layer.experts(False), "shared_experts": layer.shared(False)}
+    if job.reduces:
+        return {**attention, "gate": layer.gate(False), **rest}
+    return {
+        **attention, "finish_combine": layer.finish_combine(_row_an_expert(job, early_combine)),
+        "start_dispatch": layer.gate(False), **rest,
+    }  # fmt: skip
+
+
+def _backward(job: Job, early_combine: bool) -> dict[str, float]:
+    layer = _Layer(job)
+    half = layer.experts(True) / 2
+    return {
+        "attention_projections_backward": layer.projections(True),
+        "attention_core_backward": layer.core(True),
+        "start_combine_gradients": layer.finish_combine(job.transport == "all-to-all"),
+        "finish_dispatch_gradients": layer.gate(True),
+        "experts_input_gradients": half,
+        "experts_weight_gradients": half,
+        "shared_experts_backward": layer.shared(True),
+    }
+
+
+def _durations(
+    job: Job, actions_of: Callable[[Job, bool], dict[str, float]], transfers: dict[str, float], early_combine: bool
+) -> Durations:
+    """With what transfers and computation take from each other."""
+    cluster, layer, actions = job.machines, _Layer(job), actions_of(job, early_combine)
+    fused = job.transport == "fused"
+    share = cluster.fused_share if fused else cluster.collective_share
+    beside = actions_of(replace(job, cluster=without(cluster, share)), early_combine)
+    # Backward, transfers are launched before kernels of many programs, but for standard connectivity's gradients of the
+    # routed output, whose delay is left out. Results that leave early are sent by the experts' own kernels.
+    held = {"attention_core": cluster.late * layer.scores(False)}
+    if not early_combine:
+        held["shared_experts"] = cluster.late * layer.first_shared()
+    durations = Durations(actions, transfers, 1 - sum(actions.values()) / sum(beside.values()), held)
+    if not fused or job.reduces:
+        return durations
+    return replace(durations, pieces=FUSED_PIECES, early_combine=early_combine, own=1 / job.ep)
 
 
 def _row_an_expert(job: Job, early_combine: bool) -> bool:
     """Whether results come back as a row for each expert: with the plain all-to-all, and tile by tile as finished."""
     return job.transport == "all-to-all" or (job.transport == "fused" and early_combine)
-
-
-def _transport(job: Job, early_combine: bool) -> dict[str, Any]:
-    if job.transport != "fused":
-        return {"contention": job.machines.collective_share}
-    return {
-        "contention": job.machines.fused_share, "pieces": FUSED_PIECES, "early_combine": early_combine,
-        "own": 1 / job.ep,
-    }  # fmt: skip
 
 
 def exchange(job: Job, fp8: bool, row_an_expert: bool) -> float:
@@ -208,15 +233,18 @@ def outside_moe_layers(job: Job) -> float:
     """ms of a step outside the MoE layers: dense layers, output head, optimizer."""
     layer, model, machine = _Layer(job), job.sizes, Machine(job.machines, job.fp8)
     training = job.phase == "training"
+    passes = (False, True) if training else (False,)
     size = model.dense_intermediate / (job.tp if job.reduces else 1)
     dense = 0.0
-    for times in (1, 2) if training else (1,):
-        again = 2 if times == 1 and job.recomputes else 1
-        dense += again * (layer.projections(times) + layer.core(times) + layer.mlp(size, job.tokens, times))
+    for backward in passes:
+        again = 2 if not backward and job.recomputes else 1
+        dense += again * (layer.projections(backward) + layer.core(backward) + layer.mlp(size, job.tokens, backward))
         dense += 0.0 if not job.reduces else 2 * reduction(job)
     predicted = job.tokens if training else job.batch
     vocabulary = model.vocabulary / (job.tp if job.reduces else 1)
-    head = (3 if training else 1) * Machine(job.machines).matmul(predicted, model.hidden, vocabulary)
+    head = sum(
+        Machine(job.machines).linear(predicted, model.hidden, vocabulary, backward=backward) for backward in passes
+    )
     if not training:
         return dense * (model.layers - model.moe_layers) + head
     # The loss reads logits and writes their gradients, in float32.

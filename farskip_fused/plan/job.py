@@ -20,6 +20,10 @@ TRANSPORTS = {
     "all-to-all": "whole collectives on a side stream, a row sent once for each expert (NCCL's, RCCL's all-to-all)",
     "fused": "communication issued by the expert kernels, in blocks of rows; as designed, not yet as measured",
 }
+ELEMENTWISE = {
+    "separate": "norms, rotary embedding, activations and additions one by one, as PyTorch runs stock modules",
+    "fused": "each group of them in one pass, as Megatron with TransformerEngine and vLLM",
+}
 # vLLM's default for gpu_memory_utilization; the rest is context, fragmentation and communication buffers.
 USABLE_MEMORY = 0.9
 # Of a parameter, float32, sharded over all GPUs (ZeRO-2): gradient, weight and two moments. The bfloat16 weights stay.
@@ -34,6 +38,8 @@ class Job:
         attention, as many as make tp dp cover ep by default. GPUs: tp dp.
     sequence: tokens of a sequence; of its context in decode. batch: sequences of a replica at a time.
     connectivity, depth: what to compare with standard. transport: a key of ``TRANSPORTS``.
+    elementwise: a key of ``ELEMENTWISE``; by default separate in training, where converted models are modules of
+        transformers, and fused in prefill and decode, where vLLM runs them.
     skew: exponent of a Zipf law over experts; 0 is uniform. layers: cut the model to its first layers.
     micro_batches: forward and backward passes of an optimizer step.
 
@@ -53,13 +59,17 @@ class Job:
     connectivity: str = "farskip"
     depth: int = 1
     transport: str = "streams"
+    elementwise: str | None = None
     skew: float = 0.0
     layers: int | None = None
     micro_batches: int = 1
 
     def __post_init__(self) -> None:
+        if self.elementwise is None:
+            object.__setattr__(self, "elementwise", "separate" if self.phase == "training" else "fused")
         for what, known in (
-            ("phase", PHASES), ("precision", PRECISIONS), ("transport", tuple(TRANSPORTS)), ("connectivity", NAMES)
+            ("phase", PHASES), ("precision", PRECISIONS), ("transport", tuple(TRANSPORTS)), ("connectivity", NAMES),
+            ("elementwise", tuple(ELEMENTWISE)),
         ):  # fmt: skip
             if getattr(self, what) not in known:
                 raise UsageError(f"Unknown {what} {getattr(self, what)!r}; use {', '.join(known)}.")

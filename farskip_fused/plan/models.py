@@ -27,6 +27,7 @@ class Model:
     shared: intermediate size of all shared experts of a layer together.
     groups, groups_of_token: a token's experts come from so many of so many groups (1 of 1: no limit).
     chunk: tokens that three of four layers attend over at most (Llama-4); 0 without.
+    head_norms: whether each head's query and key are normed.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Model:
     groups: int = 1
     groups_of_token: int = 1
     chunk: int = 0
+    head_norms: bool = False
 
     def replicated_attention(self) -> int:
         """Parameters of the attention's projections that tensor parallelism does not split: those into latents."""
@@ -168,6 +170,8 @@ FAMILIES: dict[str, tuple[Callable[..., int], Callable[..., int]]] = {
 }
 
 
+# Whose attention norms queries and keys; others say so in ``use_qk_norm``, which Llama-4 leaves out where it is true.
+_HEAD_NORMS = ("dots1", "hunyuan_v1_moe", "llama4", "llama4_text", "olmoe", "qwen3_moe")
 # Their experts are of the size that other families give to dense layers.
 _NO_OWN_SIZE = ("hunyuan_v1_moe", "llama4", "llama4_text", "mixtral", "olmoe")
 
@@ -187,7 +191,7 @@ def from_config(config: Mapping[str, Any], name: str) -> Model:
     latent = family in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
     if latent:
         rope = _of(config, "qk_rope_head_dim")
-        sizes = {
+        sizes: dict[str, Any] = {
             "query_head": _of(config, "qk_nope_head_dim") + rope, "value_head": _of(config, "v_head_dim"),
             "query_rank": config.get("q_lora_rank") or 0, "latent_rank": _of(config, "kv_lora_rank"),
             "rope_head": rope, "key_value_heads": heads,
@@ -195,7 +199,10 @@ def from_config(config: Mapping[str, Any], name: str) -> Model:
     else:
         head = config.get("head_dim") or hidden // heads
         key_value_heads = config.get("num_key_value_heads") or heads
-        sizes = {"query_head": head, "value_head": head, "key_value_heads": key_value_heads}
+        sizes = {
+            "query_head": head, "value_head": head, "key_value_heads": key_value_heads,
+            "head_norms": bool(config.get("use_qk_norm", family in _HEAD_NORMS)),
+        }  # fmt: skip
     return Model(
         name=name,
         hidden=hidden,

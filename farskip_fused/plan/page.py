@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from farskip_fused.plan.figure import checked_path
-from farskip_fused.plan.job import TRANSPORTS
 from farskip_fused.plan.prediction import Prediction, recommendation, timelines
-from farskip_fused.plan.rendering import LOOKS, shown, title
+from farskip_fused.plan.rendering import LOOKS, shown, title, ways
 from farskip_fused.plan.timeline import COMPUTE, merged
 
 _TEMPLATE = """<!doctype html>
@@ -32,7 +31,7 @@ text { font: 11px system-ui, sans-serif }
 .answer { font-weight: 600 }
 </style></head><body>
 <h1>@TITLE@</h1>
-<p>Transport @TRANSPORT@. Simulated, not measured.</p>
+<p>@WAYS@. Simulated, not measured.</p>
 <p class="answer">@ANSWER@</p>
 <table><tr><th></th><th>blocking</th><th>standard</th><th>@CONNECTIVITY@</th><th>computation</th><th>overlap</th></tr>
 @ROWS@</table>
@@ -95,7 +94,7 @@ def write_page(path: Path, prediction: Prediction) -> None:
     page = _TEMPLATE
     for key, value in (
         ("MODEL", escape(job.sizes.name)), ("TITLE", escape(title(job))), ("ROWS", rows), ("ANSWER", escape(answer)),
-        ("TRANSPORT", escape(f"{job.transport}: {TRANSPORTS[job.transport]}")), ("COMPUTE", COMPUTE),
+        ("WAYS", "; ".join(map(escape, ways(job)))), ("COMPUTE", COMPUTE),
         ("CONNECTIVITY", escape(job.connectivity)), ("DATA", data),
     ):  # fmt: skip
         page = page.replace(f"@{key}@", value)

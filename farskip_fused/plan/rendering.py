@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from farskip_fused.plan.job import TRANSPORTS, Job
+from farskip_fused.plan.job import ELEMENTWISE, TRANSPORTS, Job
 from farskip_fused.plan.prediction import Prediction, recommendation, timelines
 from farskip_fused.plan.splits import Sweep
 from farskip_fused.plan.timeline import COMPUTE, LINK, Interval, Timeline
@@ -48,6 +48,15 @@ def title(job: Job) -> str:
     )
 
 
+def ways(job: Job) -> tuple[str, str]:
+    """How its communication and its elementwise operations run, a line each."""
+    assert job.elementwise is not None
+    return (
+        f"transport {job.transport}: {TRANSPORTS[job.transport]}",
+        f"elementwise operations {job.elementwise}: {ELEMENTWISE[job.elementwise]}",
+    )
+
+
 def shown(timeline: Timeline) -> tuple[float, int, list[Interval]]:
     """When a layer in the middle of a stack begins, which one, and what is in a lane during it and the next."""
     middle = len(timeline.turns) // 2
@@ -72,7 +81,8 @@ def render(prediction: Prediction, console: Console | None = None) -> None:
     """Timelines, where time goes, layer times, and the recommendation."""
     console, job = console or Console(), prediction.job
     console.print(Text(title(job), style="bold"))
-    console.print(f"transport {job.transport}: {TRANSPORTS[job.transport]}", highlight=False)
+    for line in ways(job):
+        console.print(line, highlight=False)
     for direction in prediction.directions:
         found = timelines(job, direction.name == "backward")
         scale = max(timeline.layer_time for _, timeline in found.values()) / WIDTH

@@ -1,7 +1,8 @@
 """A stack of layers run by its schedule with given durations: one compute stream, one link. Free of torch.
 
-Transfers go over the link one at a time in the order of their launch. While one is in flight, its SMs are missing from
-computation. Blocking transfers stop the stream until they have arrived.
+Transfers go over the link one at a time in the order of their launch. One that is launched before an action whose first
+kernel holds every SM starts behind that kernel. While one is in flight, its SMs are missing from computation. Blocking
+transfers stop the stream until they have arrived.
 """
 
 from __future__ import annotations
@@ -74,12 +75,25 @@ class _Run:
         self.arrived: dict[tuple[str, int, int], float] = {}
         self.stream = self.link = 0.0
         self.busy: list[tuple[float, float]] = []  # when the link is, in order, from where the stream is on
+        self.launched: list[tuple[str, int, int]] = []  # and not started
 
     def wait(self, transfer: str, layer: int, piece: int) -> None:
+        if (transfer, layer, piece) in self.launched:
+            self.start_transfers()
         self.stream = max(self.stream, self.arrived.get((transfer, layer, piece), 0.0))
 
     def compute(self, name: str, layer: int, work: float) -> None:
-        start, now = self.stream, self.stream
+        start = self.stream
+        if self.launched:
+            held = min(work, self.durations.held.get(name, 0.0))
+            self._work(held)
+            self.start_transfers()
+            work -= held
+        self._work(work)
+        self.intervals.append(Interval(COMPUTE, name, layer, start, self.stream))
+
+    def _work(self, work: float) -> None:
+        now = self.stream
         rate = 1 - self.durations.contention
         while self.busy and self.busy[0][1] <= now:
             self.busy.pop(0)
@@ -94,10 +108,16 @@ class _Run:
             work -= (end - now) * rate
             now = end
         self.stream = now + work
-        self.intervals.append(Interval(COMPUTE, name, layer, start, self.stream))
 
     def launch(self, transfer: str, layer: int, pieces: Sequence[int]) -> None:
-        for piece in pieces:
+        self.launched += [(transfer, layer, piece) for piece in pieces]
+        if self.blocking:
+            self.start_transfers()
+            self.stream = max(self.stream, self.link)
+
+    def start_transfers(self) -> None:
+        """Of all that is launched, behind what is in flight."""
+        for transfer, layer, piece in self.launched:
             time = self.durations.transfers[transfer] / self.durations.pieces
             start = max(self.stream, self.link)
             self.link = start + time
@@ -105,8 +125,7 @@ class _Run:
             if time > 0:
                 self.intervals.append(Interval(LINK, transfer, layer, start, self.link))
                 self.busy.append((start, self.link))
-        if self.blocking:
-            self.stream = max(self.stream, self.link)
+        self.launched = []
 
 
 def simulate(
@@ -124,6 +143,7 @@ def simulate(
             # Nothing comes before the last layers' backward pass that could launch these.
             for layer in range(layers - 1, layers - 1 + action.launches[1], -1):
                 run.launch(action.launches[0], layer, range(durations.pieces))
+    run.start_transfers()
     for turn, layer in enumerate(_layers(layers, order, backward)):
         if turn < layers:
             turns.append(run.stream)
@@ -131,6 +151,7 @@ def simulate(
             of = layer + action.layer
             if 0 <= of < layers:
                 _act(run, action, of, layers)
+    run.start_transfers()
     return Timeline(run.intervals, [*turns, run.stream])
 
 

@@ -1,6 +1,7 @@
 """The figures in docs/ are those that the commands print today."""
 
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -15,6 +16,15 @@ def between(document, name):
 
 def test_the_accuracy_table_is_what_the_command_prints():
     assert between("plan-accuracy.md", "accuracy") == plan_accuracy.table()
+
+
+def test_the_table_of_layers_is_what_the_command_prints():
+    assert between("plan-accuracy.md", "layers") == plan_accuracy.layer_table()
+
+
+def test_half_of_the_measured_layers_are_predicted_within_a_tenth():
+    times = [one for _, ways in plan_accuracy.layers() for way, one in ways.items() if way != plan_accuracy.GIVEN]
+    assert median(abs(predicted / measured - 1) for measured, predicted in times) < 0.1
 
 
 @pytest.mark.parametrize("question", ["depth", "window", "trillion"])  # sweeps of 1024 GPUs take longer

@@ -3,7 +3,7 @@
 import pytest
 
 from farskip_fused.errors import UsageError
-from farskip_fused.plan import CLUSTERS, Job
+from farskip_fused.plan import CLUSTERS, PHASES, Job
 from farskip_fused.plan.clusters import find_cluster
 
 LITE = "deepseek-v2-lite"
@@ -17,6 +17,7 @@ LITE = "deepseek-v2-lite"
         ({"phase": "sleep"}, "Unknown phase 'sleep'; use training, prefill, decode"),
         ({"precision": "int3"}, "Unknown precision 'int3'; use bf16, fp8"),
         ({"transport": "pigeon"}, "Unknown transport 'pigeon'; use streams, all-to-all, fused"),
+        ({"elementwise": "compiled"}, "Unknown elementwise 'compiled'; use separate, fused"),
         ({"connectivity": "none"}, "Unknown connectivity 'none'; use farskip"),
         ({"ep": 7}, "64 experts of deepseek-v2-lite do not divide over EP 7"),
         ({"tp": 3, "dp": 8}, "16 attention heads of deepseek-v2-lite do not divide over TP 3"),
@@ -50,6 +51,10 @@ def test_replicas_cover_expert_parallelism_by_default():
     )
 
 
+def test_training_runs_elementwise_operations_one_by_one_and_inference_fused():
+    assert [Job(LITE, phase=phase).elementwise for phase in PHASES] == ["separate", "fused", "fused"]
+
+
 def test_weights_of_a_job_without_parallelism_are_the_model():
     job = Job(LITE, "mi325x-400", ep=1, phase="prefill")
     assert sum(job.weights_per_gpu()) == job.sizes.total()
@@ -81,6 +86,8 @@ def test_a_cluster_from_yaml(tmp_path):
         ("like: h100-ib400\nwarp: 9", "unknown warp; a cluster has name, matmul"),
         ("matmul: 100", "no capacity, collective_share, link, matmul_fp8, memory, network, reduce; a cluster has"),
         ("like: h100-ib400\nlink: fast", "link is 'fast'; a number from"),
+        ("like: h100-ib400\nprocessors: 0.5", "processors is 0.5; a number from 1 to"),
+        ("like: h100-ib400\nlate: 2", "late is 2; a number from 0 to 1"),
         ("like: h100-ib400\nlink: -1", "link is -1; a number from"),
         ("like: h100-ib400\ncollective_share: 1.5", "collective_share is 1.5; a number from 0 to 0.9"),
         ("- 1", "holds no mapping of rates"),

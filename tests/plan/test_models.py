@@ -44,12 +44,18 @@ NAMED_APART = {
 }  # fmt: skip
 
 
-def parameters_of_transformers(model_type, config):
-    """Matrices of the text model that transformers builds, without allocating them."""
+HEAD_NORMS = ("q_norm", "qk_norm", "query_layernorm")
+
+
+def built_by_transformers(config):
+    """The text model, without allocating it."""
     import torch
 
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def matrices(model):
     return sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
@@ -63,7 +69,9 @@ def test_a_config_of_every_family_gives_the_sizes_of_the_model_that_transformers
     model = from_config(json.loads(config.to_json_string(use_diff=False)), "small")
     counted = model.total() - 2 * model.vocabulary * model.hidden
     # Gates of shared experts and biases of routers, which are vectors.
-    assert counted == pytest.approx(parameters_of_transformers(model_type, config), rel=2e-3)
+    built = built_by_transformers(config)
+    assert counted == pytest.approx(matrices(built), rel=2e-3)
+    assert model.head_norms == any(name.endswith(HEAD_NORMS) for name, _ in built.named_modules())
     assert (model.experts, model.top_k, model.layers) == (8, 2, 4)
 
 

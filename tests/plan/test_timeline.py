@@ -1,5 +1,7 @@
 """The simulated schedule: bounds that hold for any durations, and the orders that it runs."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,6 +28,7 @@ KINDS = {
     "tensor parallel": ((*ACTIONS, GATE), REDUCTIONS, tensor_parallel_order),
 }
 TOLERANCE = 1e-9
+HELD = ("attention_core", "shared_experts")  # as of ``durations.py``
 
 
 @st.composite
@@ -41,6 +44,7 @@ def problems(draw):
         pieces=pieces,
         early_combine=draw(st.booleans()),
         own=draw(st.floats(0.0, 1.0)),
+        held={action.name: draw(st.floats(0.0, 5.0)) for action in actions if action.name in HELD},
     )
     return kind, durations
 
@@ -75,12 +79,8 @@ def test_skipping_one_of_the_two_is_at_most_standard(problem):
 @given(problems(), st.floats(0.1, 1.0), st.sampled_from([FARSKIP, STANDARD]))
 def test_a_faster_link_is_never_slower(problem, factor, connectivity):
     kind, durations = problem
-    transfers = {name: time * factor for name, time in durations.transfers.items()}
-    faster = Durations(durations.actions, transfers, durations.contention, durations.pieces, durations.early_combine)
-    slow = Durations(
-        durations.actions, durations.transfers, durations.contention, durations.pieces, durations.early_combine
-    )
-    assert run(kind, connectivity, faster).makespan <= run(kind, connectivity, slow).makespan + TOLERANCE
+    faster = replace(durations, transfers={name: time * factor for name, time in durations.transfers.items()})
+    assert run(kind, connectivity, faster).makespan <= run(kind, connectivity, durations).makespan + TOLERANCE
 
 
 @given(problems())
@@ -139,6 +139,15 @@ def test_a_hand_counted_layer():
     # Attention only: the dispatch stays exposed. MoE only: the combine beyond the shared experts.
     assert simulate(forward_order(Connectivity.attention_only()), durations).layer_time == pytest.approx(13)
     assert simulate(forward_order(Connectivity.moe_only()), durations).layer_time == pytest.approx(12)
+
+
+def test_a_transfer_behind_a_kernel_that_holds_every_multiprocessor():
+    """As above; the dispatch starts 2 of the core's 3 late, the combine behind the shared experts."""
+    actions = timed(attention_projections=2.0, attention_core=3.0, shared_experts=1.0).actions
+    held = {"attention_core": 2.0, "shared_experts": 5.0}
+    durations = Durations(actions, {"dispatch": 3.0, "combine": 3.0}, held=held)
+    assert simulate(forward_order(FARSKIP), durations).layer_time == pytest.approx(2 + 1 + 2 + 3 + 4 + 1)
+    assert simulate(forward_order(STANDARD), durations).layer_time == pytest.approx(2 + 3 + 3 + 4 + 1 + 3)
 
 
 def test_depth_widens_the_window_step_by_step():
