@@ -97,7 +97,7 @@ if HAS_GLUON:
         offsets, a_stages, b_stages, full, empty, buffers, result_desc, result,
         WARPGROUP: gl.constexpr, EXPERTS: gl.constexpr, LEFT_SIZE: gl.constexpr, LEFT_TILES: gl.constexpr,
         RIGHT_SIZE: gl.constexpr, RIGHT_TILES: gl.constexpr, TRANSPOSED: gl.constexpr, ACCUMULATE: gl.constexpr,
-        SHORT: gl.constexpr, STAGES: gl.constexpr,
+        STAGES: gl.constexpr,
     ):  # fmt: skip
         I_STRIDE: gl.constexpr = 1 if TRANSPOSED else RIGHT_SIZE
         J_STRIDE: gl.constexpr = LEFT_SIZE if TRANSPOSED else 1
@@ -110,25 +110,13 @@ if HAS_GLUON:
             end = gl.load(offsets + expert + 1)
             left = left_tile * _TILE_ROWS + WARPGROUP * _HALF
             total = warpgroup_mma_init(gl.zeros([_HALF, _TILE_COLUMNS], gl.float32, ACCUMULATOR))
-            whole_end = end
-            if SHORT:
-                remainder = (end - start) % _DEPTH
-                whole_end = gl.where(remainder <= _DEPTH // 2, end - remainder, end)
-            for at in range(start, whole_end, _DEPTH):
+            for at in range(start, end, _DEPTH):
                 mbarrier.wait(full.index(stage), phase)
                 a = panels.index(2 * stage + WARPGROUP).permute((1, 0))
                 b = b_stages.index(stage).reshape([_DEPTH, _TILE_COLUMNS])
                 total = warpgroup_mma(a, b, total, is_async=True)
                 total = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[total]))
                 mbarrier.arrive(empty.index(before(stage, STAGES)), count=1, pred=at > start)
-                stage, phase = advance(stage, phase, STAGES)
-            if SHORT and whole_end < end:
-                mbarrier.wait(full.index(stage), phase)
-                a = panels.index(2 * stage + WARPGROUP).slice(0, _DEPTH // 2, dim=0).permute((1, 0))
-                b = b_stages.index(stage).reshape([_DEPTH, _TILE_COLUMNS]).slice(0, _DEPTH // 2, dim=0)
-                total = warpgroup_mma(a, b, total, is_async=True)
-                total = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[total]))
-                mbarrier.arrive(empty.index(before(stage, STAGES)), count=1, pred=whole_end > start)
                 stage, phase = advance(stage, phase, STAGES)
             product = warpgroup_mma_wait(0, deps=[total])
             if end > start:
@@ -178,8 +166,7 @@ if HAS_GLUON:
     def weight_gradient_kernel(
         ticket, left, right_desc, order, offsets, result_desc, result,
         EXPERTS: gl.constexpr, LEFT_SIZE: gl.constexpr, RIGHT_SIZE: gl.constexpr, TOP_K: gl.constexpr,
-        TRANSPOSED: gl.constexpr, ACCUMULATE: gl.constexpr, PLANE: gl.constexpr, SHORT: gl.constexpr,
-        STAGES: gl.constexpr,
+        TRANSPOSED: gl.constexpr, ACCUMULATE: gl.constexpr, PLANE: gl.constexpr, STAGES: gl.constexpr,
     ):  # fmt: skip
         LEFT_TILES: gl.constexpr = (LEFT_SIZE + _TILE_ROWS - 1) // _TILE_ROWS
         RIGHT_TILES: gl.constexpr = (RIGHT_SIZE + _TILE_COLUMNS - 1) // _TILE_COLUMNS
@@ -193,18 +180,14 @@ if HAS_GLUON:
         gl.warp_specialize([
             (_consume_outer, (
                 offsets, a_stages, b_stages, full, empty, buffers, result_desc, result, 0, EXPERTS,
-                LEFT_SIZE, LEFT_TILES, RIGHT_SIZE, RIGHT_TILES, TRANSPOSED, ACCUMULATE, SHORT, STAGES)),
+                LEFT_SIZE, LEFT_TILES, RIGHT_SIZE, RIGHT_TILES, TRANSPOSED, ACCUMULATE, STAGES)),
             (_consume_outer, (
                 offsets, a_stages, b_stages, full, empty, buffers, result_desc, result, 1, EXPERTS,
-                LEFT_SIZE, LEFT_TILES, RIGHT_SIZE, RIGHT_TILES, TRANSPOSED, ACCUMULATE, SHORT, STAGES)),
+                LEFT_SIZE, LEFT_TILES, RIGHT_SIZE, RIGHT_TILES, TRANSPOSED, ACCUMULATE, STAGES)),
             (_load_outer, (
                 ticket, left, right_desc, order, offsets, a_stages, b_stages, full, empty,
                 EXPERTS, LEFT_SIZE, LEFT_TILES, RIGHT_TILES, TOP_K, PLANE, STAGES)),
         ], [4, 4], [224, 56])  # fmt: skip
-
-
-# Whether a last step of at most 32 entries multiplies 32 instead of 64. Not measured yet: bench/NOTES.md.
-SHORT_LAST_STEP = False
 
 
 def weight_gradient(
@@ -232,6 +215,6 @@ def weight_gradient(
         layout.order, layout.offsets, matrix(staged, CHUNK, CHUNK), result,
         EXPERTS=experts, LEFT_SIZE=left, RIGHT_SIZE=right, TOP_K=top_k,
         TRANSPOSED=transposed, ACCUMULATE=accumulate_into is not None, PLANE=-1 if slot is None else slot.plane,
-        SHORT=SHORT_LAST_STEP, STAGES=3, num_warps=4,
+        STAGES=3, num_warps=4,
     )  # fmt: skip
     return result

@@ -37,7 +37,6 @@ from farskip_fused.kernels import (
     experts_backward,
     gather_sum,
     hopper,
-    hopper_weight_gradient,
     layout,
     routing,
 )
@@ -164,10 +163,6 @@ def hopper_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
         # The other dtype differs in one field of an instruction: each option once is enough there.
         is_bfloat16 = dtype == torch.bfloat16
         yield from expert_steps(dtype, new_layout(128), forms if is_bfloat16 else [forms[0], forms[3], forms[-1]])
-        hopper_weight_gradient.SHORT_LAST_STEP = True
-        for name, step in expert_steps(dtype, new_layout(128), []):
-            if is_bfloat16 and name.startswith("gather_left"):
-                yield f"short {name}", step
 
 
 def plain_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from farskip_fused.kernels import experts, experts_backward, gather_sum, hopper, hopper_weight_gradient
+from farskip_fused.kernels import experts, experts_backward, gather_sum, hopper
 from farskip_fused.kernels.layout import local_layout
 from farskip_fused.kernels.tiles import choose_tile_rows
 from tests.numerics import DEVICE, assert_close
@@ -155,21 +155,6 @@ def test_more_than_two_to_the_31_elements(intermediate):
     expected = problem.x[problem.row[tail]].float() @ problem.w13[problem.expert[tail[0]]].float().T
     mine = problem.expert[tail] == problem.expert[tail[0]]
     assert_close(gate_up[tail][mine], expected[mine], torch.bfloat16)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("shape", LARGE, ids=str)
-def test_a_short_last_step_gives_the_same_bits(shape, monkeypatch):
-    problem = Problem(shape, torch.bfloat16, "holes")
-    gate_up, activated = experts.up_swiglu(problem.x, problem.layout, problem.top_k, problem.w13, True)
-    for arguments in (
-        (gate_up, problem.x, problem.layout, problem.top_k, False),
-        (problem.gradient, activated, problem.layout, problem.top_k, True),
-    ):
-        usual = experts_backward.weight_gradient(*arguments)
-        with monkeypatch.context() as patch:
-            patch.setattr(hopper_weight_gradient, "SHORT_LAST_STEP", True)
-            assert torch.equal(experts_backward.weight_gradient(*arguments), usual)
 
 
 @pytest.mark.gpu
