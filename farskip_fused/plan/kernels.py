@@ -12,12 +12,12 @@ from math import ceil
 
 from farskip_fused.plan.clusters import Cluster
 
-# One launch, and the gap before it: a decoded token's expert layer takes 13 us more than its weights need to be read,
-# in 7 launches (bench/results/h100-experts-decode.json, one token).
+# One launch, and the gap before it: a decoded token's expert layer takes 8 to 9 us more than its weights need to be read, in
+# 3 launches (bench/results/h100-experts-decode.json, one token), of which 2 to 3 are each kernel's first loads.
 LAUNCH = 0.002
 # Our expert layer: 1 / share of ``Cluster.matmul``, forward and backward, launches and sorting, and how far arithmetic
 # and memory traffic overlap (as the exponent of their norm; 1 would be not at all). Least worst error over both files
-# of bench/results: 5.4 % forward (22 points), 3.5 % backward (4 points).
+# of bench/results: 4.5 % forward (17 points), 3.5 % backward (4 points).
 EXPERTS_FORWARD, EXPERTS_BACKWARD, EXPERTS_FIXED, OVERLAP = 1.16, 1.21, 0.015, 1.2
 # Tiles of a dense product, of which every multiprocessor computes one at a time: the largest that cuBLAS has on Hopper,
 # either way round, cut to the result in steps of TILE_STEP. Where they fill the last wave badly, the inner dimension is

@@ -7,12 +7,17 @@ from pathlib import Path
 import pytest
 
 from farskip_fused.bench.shapes import SHAPES
+from farskip_fused.kernels.layout import can_stay_unsorted
 from farskip_fused.plan.clusters import CLUSTERS, H100_COPY, H100_MATMUL
 from farskip_fused.plan.kernels import Machine
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 LAYERS = json.loads((RESULTS / "h100-experts-fine-grained.json").read_text())
-DECODE = json.loads((RESULTS / "h100-experts-decode.json").read_text())["decode"]
+# With so few entries that one rank leaves them unsorted, which ranks that exchange tokens never do, it is faster.
+DECODE = [
+    row for row in json.loads((RESULTS / "h100-experts-decode.json").read_text())["decode"]
+    if not can_stay_unsorted(row["tokens"], SHAPES[row["shape"]].top_k, SHAPES[row["shape"]].experts)
+]  # fmt: skip
 H100 = Machine(CLUSTERS["h100-ib400"])
 
 
