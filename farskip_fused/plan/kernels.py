@@ -12,8 +12,8 @@ from math import ceil
 
 from farskip_fused.plan.clusters import Cluster
 
-# One launch, and the gap before it: a decoded token's expert layer takes 8 to 9 us more than its weights need to be read, in
-# 3 launches (bench/results/h100-experts-decode.json, one token), of which 2 to 3 are each kernel's first loads.
+# One launch, and the gap before it: a decoded token's expert layer takes 8 to 9 us more than its weights need to be
+# read, in 3 launches (bench/results/h100-experts-decode.json, one token), part of which is each kernel's first loads.
 LAUNCH = 0.002
 # Our expert layer: 1 / share of ``Cluster.matmul``, forward and backward, launches and sorting, and how far arithmetic
 # and memory traffic overlap (as the exponent of their norm; 1 would be not at all). Least worst error over both files
