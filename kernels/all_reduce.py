@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .machine import INTERPRETED, nanoseconds, padded
+from .machine import INTERPRETED, ceil_div, nanoseconds, padded
 from .protocol import (
     CODE_TIMEOUT,
     CODE_TOKENS_DIFFER,
@@ -312,8 +312,8 @@ def _constants(round_: ReduceRound, hidden: int, itemsize: int, two_shot: bool) 
 def _programs(round_: ReduceRound, rows: Tensor, two_shot: bool) -> int:
     """How many share the rows; the same at every rank, since each flag is one program's."""
     units = rows.numel() // unit_of(rows.shape[1], rows.itemsize)
-    part = triton.cdiv(units, round_.world) if two_shot else units
-    return min(max(triton.cdiv(part, UNITS_OF_PROGRAM), 1), round_.programs)
+    part = ceil_div(units, round_.world) if two_shot else units
+    return min(max(ceil_div(part, UNITS_OF_PROGRAM), 1), round_.programs)
 
 
 def start(round_: ReduceRound, rows: Tensor, two_shot: bool) -> None:
@@ -338,7 +338,7 @@ def finish(round_: ReduceRound, rows: Tensor, residual: Tensor | None, two_shot:
     programs = _programs(round_, rows, two_shot)
     units = rows.numel() // unit_of(rows.shape[1], rows.itemsize)
     pieces = min(
-        max(triton.cdiv(units, programs * SUMMED_IN_FINISH["SUMMED"]), 1), max(round_.finish_programs // programs, 1)
+        max(ceil_div(units, programs * SUMMED_IN_FINISH["SUMMED"]), 1), max(round_.finish_programs // programs, 1)
     )
     _finish_reduce[(programs, pieces)](
         round_.context, round_.ticket, residual, result, rows.shape[0], round_.source_units,

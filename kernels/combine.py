@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import put
-from .machine import INTERPRETED, padded
+from .machine import INTERPRETED, ceil_div, padded
 from .protocol import (
     COMBINE_ARRIVAL,
     COMBINE_CREDIT,
@@ -274,7 +274,7 @@ def combine_wait(
     normed = None if norm is None else torch.empty_like(result)
     columns = padded(hidden) if norm is not None else min(padded(hidden), BLOCK_HIDDEN)  # a norm needs the whole row
     wait_arrival(round_, COMBINE_ARRIVAL)
-    _sum[(max(triton.cdiv(tokens, BLOCK_TOKENS), 1), triton.cdiv(hidden, columns))](
+    _sum[(max(ceil_div(tokens, BLOCK_TOKENS), 1), ceil_div(hidden, columns))](
         round_.context, round_.ticket, experts, weights, extras.shared, extras.residual, norm, extras.norm_epsilon,
         result, normed, tokens,
         HIDDEN=hidden, TOP_K=top_k, TOP_K_PADDED=padded(top_k), PRESUMMED_BY=presummed_by,
@@ -291,7 +291,7 @@ def find_turns(round_: Round, experts: Tensor, num_local_experts: int) -> Tensor
     rows, top_k = experts.shape
     turns = torch.empty(rows, dtype=torch.int32, device=experts.device)
     block = 1024 if INTERPRETED else 32
-    _find_turns[(triton.cdiv(rows, block),)](
+    _find_turns[(ceil_div(rows, block),)](
         round_.context, round_.ticket, experts, turns, rows,
         NUM_LOCAL_EXPERTS=num_local_experts, TOP_K=top_k, TOP_K_PADDED=padded(top_k), BLOCK=block,
     )  # fmt: skip
@@ -318,7 +318,7 @@ def push_sums(round_: Round, values: Tensor, places: Tensor, weights: Tensor | N
     hidden = values.shape[1]
     rows, terms = places.shape
     chunk = min(padded(hidden), COLUMNS_OF_CHUNK)
-    chunks = _loads_at_once(triton.cdiv(hidden, chunk), most=16 if terms == 1 else 4)
+    chunks = _loads_at_once(ceil_div(hidden, chunk), most=16 if terms == 1 else 4)
     blocks_in_turn = max(min(rows // (round_.programs * ROWS_AT_ONCE), 4), 1)
     _push_sums[(round_.programs,)](
         round_.context, round_.ticket, values, places, weights, turns, rows, blocks_in_turn * ROWS_AT_ONCE,
@@ -342,7 +342,7 @@ def push_weight_gradients(round_: Round, parts: Tensor, places: Tensor) -> None:
     """
     entries = places.numel()
     block = 1024 if INTERPRETED else 128  # as in gather_sum.sum_parts, so that both sum in the same order
-    _push_scalars[(max(triton.cdiv(entries, block), 1),)](
+    _push_scalars[(max(ceil_div(entries, block), 1),)](
         round_.context, round_.ticket, parts, places, entries,
         TOP_K=places.shape[1], PARTS=parts.shape[1], PARTS_PADDED=padded(parts.shape[1]), BLOCK=block,
     )  # fmt: skip
@@ -355,7 +355,7 @@ def take_weight_gradients(round_: Round, experts: Tensor) -> Tensor:
     result = torch.empty(experts.shape, dtype=torch.float32, device=round_.context.device)
     entries = experts.numel()
     block = 1024
-    _take_scalars[(max(triton.cdiv(entries, block), 1),)](
+    _take_scalars[(max(ceil_div(entries, block), 1),)](
         round_.context, round_.ticket, experts, result, entries, TOP_K=experts.shape[1], BLOCK=block
     )
     return result

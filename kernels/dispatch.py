@@ -26,7 +26,7 @@ from .layout import (
     new_block_counts,
     sort_received,
 )
-from .machine import INTERPRETED, padded
+from .machine import INTERPRETED, ceil_div, padded
 from .protocol import (
     CODE_EXPERT_OUT_OF_RANGE,
     DISPATCH_COUNTS,
@@ -327,7 +327,7 @@ def send_routing(round_: Round, experts: Tensor, weights: Tensor, num_local_expe
     """
     keys = torch.empty_like(experts)
     entries = experts.numel()
-    blocks = max(triton.cdiv(entries, ROUTING_BLOCK), 1)
+    blocks = max(ceil_div(entries, ROUTING_BLOCK), 1)
     _push_routing[(blocks, round_.world)](
         round_.context, round_.ticket, experts, weights, keys, entries,
         NUM_LOCAL_EXPERTS=num_local_experts, TOP_K=experts.shape[1], ANNOUNCED=round_.puts is None, BLOCK=ROUTING_BLOCK,
@@ -360,11 +360,11 @@ def send_rows(
         HIDDEN=hidden, TOP_K=top_k, NUM_LOCAL_EXPERTS=num_local_experts,
         PLANE=plane, FP8=fp8, PACED=round_.paced, ANNOUNCED=round_.puts is None,
         BLOCK_ROWS=ROWS_AT_ONCE, FLAG_BATCHES=FLAG_BATCHES, CHUNK=chunk,
-        CHUNKS=min(CHUNKS_AT_ONCE, triton.cdiv(hidden, chunk)), num_warps=WARPS,
+        CHUNKS=min(CHUNKS_AT_ONCE, ceil_div(hidden, chunk)), num_warps=WARPS,
     )  # fmt: skip
     if round_.puts is not None:
         stride = hidden * rows.itemsize
-        scale_bytes = 4 * triton.cdiv(hidden, SCALE_COLUMNS) if fp8 else 0
+        scale_bytes = 4 * ceil_div(hidden, SCALE_COLUMNS) if fp8 else 0
         put.put_rows(round_, *send, num_local_experts, plane, stride, hidden if fp8 else stride, scale_bytes)
         announce(round_, ROWS_ARRIVAL, plane)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import hopper, hopper_forward
 from .layout import Layout
+from .machine import ceil_div
 from .protocol import TICKET_FIRST_ROW, SlotRows
 from .tiles import Choice, choose_tile, locate_tile, precision
 
@@ -147,7 +148,7 @@ def up_swiglu(
     gate_up = rows.new_empty(capacity, twice_intermediate) if keep_gate_up else None
     activated = rows.new_empty(capacity, intermediate)
     tile = choose_tile(layout.tile_rows, rows.dtype, choice and choice.up)
-    _up_swiglu[(layout.tiles.shape[0], triton.cdiv(intermediate, tile.columns))](
+    _up_swiglu[(layout.tiles.shape[0], ceil_div(intermediate, tile.columns))](
         rows, None if slot is None else slot.round_.ticket, *tile_arguments(layout), w13, gate_up, activated,
         HIDDEN=hidden, INTERMEDIATE=intermediate,
         COLUMN_STRIDE=w13.stride(column_dim), DEPTH_STRIDE=w13.stride(depth_dim),
@@ -175,7 +176,7 @@ def project(
         return hopper_forward.project(inputs, layout, weight, column_dim, programs)
     result = inputs.new_empty(inputs.shape[0], columns)
     tile = choose_tile(layout.tile_rows, inputs.dtype, choice and choice.down)
-    _project[(layout.tiles.shape[0], triton.cdiv(columns, tile.columns))](
+    _project[(layout.tiles.shape[0], ceil_div(columns, tile.columns))](
         inputs, *tile_arguments(layout)[1:], weight, result,
         DEPTH_SIZE=depth, COLUMNS=columns,
         COLUMN_STRIDE=weight.stride(column_dim), DEPTH_STRIDE=weight.stride(3 - column_dim),

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import hopper, hopper_down_gradient, hopper_weight_gradient
 from .experts import multiply_rows
 from .layout import Layout
-from .machine import INTERPRETED
+from .machine import INTERPRETED, ceil_div
 from .protocol import TICKET_FIRST_ROW, SlotRows
 from .tiles import Tile, choose_tile, locate_tile, precision
 
@@ -137,7 +137,7 @@ def down_gradient_swiglu(
     if slot is not None:
         slot.wait()
     tile = down_gradient_tile(layout.tile_rows, gate_up.dtype)
-    column_tiles = triton.cdiv(intermediate, tile.columns)
+    column_tiles = ceil_div(intermediate, tile.columns)
     gate_up_gradient = torch.empty_like(gate_up)
     weighted_activation = gate_up.new_empty(gate_up.shape[0], intermediate)
     parts = torch.empty(gate_up.shape[0], column_tiles, dtype=torch.float32, device=gate_up.device)
@@ -179,7 +179,7 @@ def weight_gradient(
         )
     result = left.new_empty(experts, left_size, right_size) if accumulate_into is None else accumulate_into
     tile = choose_tile(64, left.dtype)
-    _weight_gradient[(triton.cdiv(left_size, tile.rows), triton.cdiv(right_size, tile.columns), experts)](
+    _weight_gradient[(ceil_div(left_size, tile.rows), ceil_div(right_size, tile.columns), experts)](
         left, right, None if slot is None else slot.round_.ticket, layout.order, layout.offsets, result,
         LEFT_SIZE=left_size, RIGHT_SIZE=right_size, TOP_K=top_k,
         GATHER_LEFT=gather_left, ACCUMULATE=accumulate_into is not None, PLANE=0 if slot is None else slot.plane,

@@ -9,6 +9,7 @@ from torch import Tensor
 from . import hopper, hopper_to_owner
 from .experts import multiply_rows
 from .layout import Layout
+from .machine import ceil_div
 from .protocol import COMBINE_ROWS, MAX_TOKENS, RANK, Round, is_alive, pace, row_pointers, slot_of
 from .tiles import choose_tile, locate_tile, precision
 
@@ -65,7 +66,7 @@ def project_to_owner(
         hopper_to_owner.project_to_owner(round_, inputs, layout, top_k, weight, column_dim, programs)
     else:
         tile = choose_tile(layout.tile_rows, inputs.dtype)
-        _project_to_owner[(layout.tiles.shape[0], triton.cdiv(hidden, tile.columns))](
+        _project_to_owner[(layout.tiles.shape[0], ceil_div(hidden, tile.columns))](
             round_.context, round_.ticket, inputs, layout.order, layout.tiles, layout.tile_count, weight,
             DEPTH_SIZE=depth, HIDDEN=hidden,
             COLUMN_STRIDE=weight.stride(column_dim), DEPTH_STRIDE=weight.stride(3 - column_dim),

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .machine import INTERPRETED, padded
+from .machine import INTERPRETED, ceil_div, padded
 
 SMALLEST_TILE = 16  # of a dot
 # More programs than that, one on each SM of a large GPU, only add to what is summed.
@@ -103,10 +103,10 @@ def split_logits(hidden_states: Tensor, weight: Tensor, most_tokens: int) -> Ten
     num_experts = weight.shape[0]
     tile = split_tile(hidden_states.dtype, weight.dtype)
     # Whole steps: the last split may have fewer, or none.
-    split_depth = triton.cdiv(triton.cdiv(hidden, split_count(weight, most_tokens, tile)), tile.depth) * tile.depth
-    splits = triton.cdiv(hidden, split_depth)
+    split_depth = ceil_div(ceil_div(hidden, split_count(weight, most_tokens, tile)), tile.depth) * tile.depth
+    splits = ceil_div(hidden, split_depth)
     partials = torch.empty(splits, tokens, num_experts, dtype=torch.float32, device=weight.device)
-    grid = (max(triton.cdiv(tokens, tile.tokens), 1), triton.cdiv(num_experts, tile.experts), splits)
+    grid = (max(ceil_div(tokens, tile.tokens), 1), ceil_div(num_experts, tile.experts), splits)
     _gate[grid](
         hidden_states, weight, partials, tokens, NUM_EXPERTS=num_experts, HIDDEN=hidden, SPLIT_DEPTH=split_depth,
         **tile.sizes(hidden_states, weight), num_warps=tile.warps, num_stages=tile.stages,
@@ -116,7 +116,7 @@ def split_logits(hidden_states: Tensor, weight: Tensor, most_tokens: int) -> Ten
 
 def split_count(weight: Tensor, most_tokens: int, tile: GateTile) -> int:
     """Into how many parts the depth is split: what fills the GPU, while each program has two steps of it."""
-    programs = triton.cdiv(most_tokens, tile.tokens) * triton.cdiv(weight.shape[0], tile.experts)
+    programs = ceil_div(most_tokens, tile.tokens) * ceil_div(weight.shape[0], tile.experts)
     return max(1, min(MAXIMUM_SPLITS, SPLIT_PROGRAMS // programs, weight.shape[1] // (2 * tile.depth)))
 
 

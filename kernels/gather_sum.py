@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .layout import OUT_OF_RANGE
-from .machine import INTERPRETED, padded
+from .machine import INTERPRETED, ceil_div, padded
 from .protocol import TICKET_FIRST_ROW, SlotRows, is_alive
 
 
@@ -109,7 +109,7 @@ def gather_rows(rows: Tensor, order: Tensor, offsets: Tensor, top_k: int, slot: 
     hidden = rows.shape[1]
     result = rows.new_empty(order.shape[0], hidden)
     block_hidden = min(padded(hidden), 2048)
-    _gather_rows[(order.shape[0], triton.cdiv(hidden, block_hidden))](
+    _gather_rows[(order.shape[0], ceil_div(hidden, block_hidden))](
         rows, None if slot is None else slot.round_.ticket, order, offsets[-1:], result,
         HIDDEN=hidden, TOP_K=top_k, PLANE=0 if slot is None else slot.plane, BLOCK_HIDDEN=block_hidden, num_warps=4,
     )  # fmt: skip
@@ -131,7 +131,7 @@ def gather_weighted_rows(
     result = torch.empty_like(values)
     products = torch.empty(capacity, 1, dtype=torch.float32, device=values.device)
     block_places = 128 if INTERPRETED else 1
-    _gather_weighted_rows[(triton.cdiv(capacity, block_places),)](
+    _gather_weighted_rows[(ceil_div(capacity, block_places),)](
         slot.round_.context, slot.round_.ticket, rows, order, offsets[-1:], weights, values, result, products,
         HIDDEN=hidden, TOP_K=weights.shape[1], BLOCK_PLACES=block_places, BLOCK_HIDDEN=min(padded(hidden), 2048),
         num_warps=4,
@@ -139,19 +139,23 @@ def gather_weighted_rows(
     return result, products
 
 
-def sum_entries(values: Tensor, places: Tensor, weights: Tensor | None, unsorted_experts: int = 0) -> Tensor:
+def sum_entries(
+    values: Tensor, places: Tensor, weights: Tensor | None, unsorted_experts: int = 0, result: Tensor | None = None
+) -> Tensor:
     """Sum the rows of each token's entries: [T, H] from ``values`` [C, H].
 
     places: [T, K] int32 rows of ``values``, -1 for none, -2 for NaN. weights: [T, K] float32, or None for a plain sum.
     unsorted_experts: E, where ``places`` are the ids of unsorted entries (``layout.unsorted_layout``).
+    result: where the sums are written, instead of a tensor of their own.
     """
     tokens, top_k = places.shape
     hidden = values.shape[1]
-    result = values.new_empty(tokens, hidden)
+    if result is None:
+        result = values.new_empty(tokens, hidden)
     # A warp reads 512 contiguous bytes of a row at a time; all K loads are in flight at once.
     block_hidden = min(padded(hidden), 128 if INTERPRETED else 1024)
     block_tokens = 128 if INTERPRETED else 1
-    grid = (max(triton.cdiv(tokens, block_tokens), 1), triton.cdiv(hidden, block_hidden))
+    grid = (max(ceil_div(tokens, block_tokens), 1), ceil_div(hidden, block_hidden))
     _sum_entries[grid](
         values, places, weights, result, tokens,
         HIDDEN=hidden, TOP_K=top_k, WEIGHTED=weights is not None, UNSORTED_EXPERTS=unsorted_experts,
@@ -165,7 +169,7 @@ def sum_parts(parts: Tensor, places: Tensor) -> Tensor:
     result = torch.empty(places.shape, dtype=torch.float32, device=parts.device)
     entries = places.numel()
     block = 1024 if INTERPRETED else 128
-    _sum_parts[(max(triton.cdiv(entries, block), 1),)](
+    _sum_parts[(max(ceil_div(entries, block), 1),)](
         parts, places, result, entries, PARTS=parts.shape[1], PARTS_PADDED=padded(parts.shape[1]), BLOCK=block
     )
     return result

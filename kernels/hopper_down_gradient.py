@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from .gather_sum import gather_rows
 from .hopper import HAS_GLUON, SORTED_COPY_FROM, TILE_COLUMNS, TILE_ROWS, multiprocessors, new_rows, slot_arguments
 from .layout import Layout
+from .machine import ceil_div
 from .protocol import SlotRows
 
 if HAS_GLUON:
@@ -177,7 +177,7 @@ def down_gradient_swiglu(
         output_gradient, top_k, slot = gather_rows(output_gradient, layout.order, layout.offsets, top_k, slot), 0, None
     gate_up_gradient = new_rows(gate_up, capacity, 2 * intermediate)
     weighted_activation = new_rows(gate_up, capacity, intermediate)
-    column_tiles = triton.cdiv(intermediate, TILE_COLUMNS)
+    column_tiles = ceil_div(intermediate, TILE_COLUMNS)
     parts = torch.empty(capacity, column_tiles, dtype=torch.float32, device=gate_up.device)
     down_gradient_kernel[(programs or multiprocessors(gate_up.device),)](
         *slot_arguments(slot, layout), output_gradient, matrix(output_gradient, TILE_ROWS, DEPTH), weights,

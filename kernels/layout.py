@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .machine import padded
+from .machine import ceil_div, padded
 from .protocol import CODE_TOO_MANY_ENTRIES, fail
 
 SINGLE_PROGRAM_ENTRIES = 2048
@@ -239,7 +239,7 @@ def empty_layout(experts: Tensor, num_experts: int, capacity: int, tile_rows: in
 
 
 def new_block_counts(experts: Tensor, block_entries: int, num_experts: int) -> Tensor:
-    blocks = max(triton.cdiv(experts.numel(), block_entries), 1)
+    blocks = max(ceil_div(experts.numel(), block_entries), 1)
     return torch.empty(blocks, num_experts, dtype=torch.int32, device=experts.device)
 
 
@@ -254,7 +254,7 @@ def choose_chunk(entries: int) -> int:
 
 
 def block_entries_of(entries: int) -> int:
-    return max(LARGEST_CHUNK, triton.cdiv(entries, MAXIMUM_BLOCKS))
+    return max(LARGEST_CHUNK, ceil_div(entries, MAXIMUM_BLOCKS))
 
 
 def _launch_sort(

@@ -30,7 +30,7 @@ from .layout import (
     sort_counted,
     write_tiles,
 )
-from .machine import INTERPRETED, padded
+from .machine import INTERPRETED, ceil_div, padded
 
 NORMALISATION_EPSILON = tl.constexpr(1e-20)
 LOWEST = tl.constexpr(-1.0e38)  # the sum of two is finite
@@ -248,7 +248,7 @@ def route(
         layout = empty_layout(experts, num_experts, experts.numel(), tile_rows) if tile_rows else None
         block_tokens, warps = _choice_block(width, most_tokens)
         program_tokens = tokens if tile_rows else block_tokens
-        _route[(1 if tile_rows else max(triton.cdiv(tokens, block_tokens), 1),)](
+        _route[(1 if tile_rows else max(ceil_div(tokens, block_tokens), 1),)](
             None, None, None if len(partials) == 1 else partials, logits, bias, experts, weights, None,
             *((None,) * 5 if layout is None else layout[:5]), tokens, program_tokens, scaling,
             **sizes, **_NO_GATE, SPLITS=len(partials), BLOCK_TOKENS=block_tokens,
@@ -259,7 +259,7 @@ def route(
     logits = torch.empty(tokens, num_experts, dtype=torch.float32, device=hidden_states.device)
     experts, weights = _empty_choice(logits, top_k)
     tile = whole_tile(hidden_states, gate_weight, most_tokens)
-    program_tokens = triton.cdiv(triton.cdiv(tokens, tile.tokens), MAXIMUM_BLOCKS) * tile.tokens
+    program_tokens = ceil_div(ceil_div(tokens, tile.tokens), MAXIMUM_BLOCKS) * tile.tokens
     block_counts = new_block_counts(experts, program_tokens * top_k, num_experts)
     _route[(block_counts.shape[0],)](
         hidden_states, gate_weight, None, logits, bias, experts, weights, block_counts, *(None,) * 5,
@@ -296,7 +296,7 @@ def route_logits(
     experts, weights = _empty_choice(logits, top_k)
     sizes = _choice_sizes(num_experts, top_k, sigmoid, normalise, groups, top_groups)
     block_tokens, warps = _choice_block(sizes["GROUPS_PADDED"] * sizes["GROUP_SIZE_PADDED"], padded(tokens))
-    _route[(max(triton.cdiv(tokens, block_tokens), 1),)](
+    _route[(max(ceil_div(tokens, block_tokens), 1),)](
         None, None, None, logits, bias, experts, weights, None, *(None,) * 5, tokens, block_tokens, scaling,
         **sizes, **_NO_GATE, SPLITS=1, BLOCK_TOKENS=block_tokens, CHUNK=0, TILE_ROWS=0,
         num_warps=warps, **ALL_REGISTERS,
@@ -312,7 +312,7 @@ def route_backward(
     result = torch.empty_like(logits)
     width = padded(num_experts)
     block = max(1, min(32, 2048 // width))
-    _route_backward[(max(triton.cdiv(tokens, block), 1),)](
+    _route_backward[(max(ceil_div(tokens, block), 1),)](
         logits, experts, weights_gradient.contiguous(), result, tokens, scaling,
         NUM_EXPERTS=num_experts, TOP_K=experts.shape[1], SIGMOID=sigmoid, NORMALISE=normalise,
         BLOCK_TOKENS=block, WIDTH=width, TOP_K_PADDED=padded(experts.shape[1]),

@@ -23,7 +23,7 @@ from vllm.platforms import current_platform
 
 from farskip_fused import reference
 from farskip_fused.errors import UsageError
-from farskip_fused.local_experts import DTYPES, fused_experts
+from farskip_fused.local_experts import DTYPES, compute_experts
 from farskip_fused.record import CLASS_PREFIX
 
 SETTING = "farskip_experts"
@@ -103,8 +103,10 @@ class FarSkipExperts(mk.FusedMoEExpertsModular):
             topk_ids = torch.where(topk_ids < 0, -1, expert_map[topk_ids.clamp(min=0)])
         if apply_router_weight_on_input:  # by whoever prepared the input
             topk_weights = torch.ones_like(topk_weights)
-        compute = fused_experts if hidden_states.is_cuda else reference_experts
-        output.copy_(compute(hidden_states, topk_ids, topk_weights, w1, w2))
+        if hidden_states.is_cuda:
+            compute_experts(hidden_states, topk_ids, topk_weights, w1, w2, output)
+        else:
+            output.copy_(reference_experts(hidden_states, topk_ids, topk_weights, w1, w2))
 
 
 @torch.library.custom_op("farskip_fused::reference_experts", mutates_args=())
