@@ -10,6 +10,7 @@ import itertools
 import json
 import multiprocessing
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -278,7 +279,7 @@ def compile_family(dtype_name: str, family: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    families = itertools.product(("bfloat16", "float16"), ("routing", "hopper", "plain", "others", "exchange"))
+    families = itertools.product(sys.argv[1:], ("routing", "hopper", "plain", "others", "exchange"))
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
         rows = [row for found in pool.starmap(compile_family, families, chunksize=1) for row in found]
     print(json.dumps({"triton": triton.__version__, "gluon": hopper.HAS_GLUON, "variants": rows}))

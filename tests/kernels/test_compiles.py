@@ -26,10 +26,15 @@ OTHERS = {
 
 @pytest.mark.timeout(900)  # two processes compile: on a busy machine they take several times as long
 @pytest.mark.parametrize(
-    "version",
-    ["installed", *(pytest.param(each, marks=pytest.mark.full if each != min(OLDER) else ()) for each in OLDER)],
+    ("version", "dtypes"),
+    [
+        pytest.param("installed", ("bfloat16", "float16"), id="installed"),
+        pytest.param("3.5", ("bfloat16",), id="3.5"),
+        pytest.param("3.5", ("float16",), id="3.5, float16", marks=pytest.mark.full),
+        pytest.param("3.6", ("bfloat16", "float16"), id="3.6", marks=pytest.mark.full),
+    ],
 )
-def test_kernels_use_tensor_cores_and_fit_without_spills(version, tmp_path):
+def test_kernels_use_tensor_cores_and_fit_without_spills(version, dtypes, tmp_path):
     path = [str(ROOT)]
     if version != "installed":
         if not (OLDER[version] / "triton").is_dir():
@@ -37,7 +42,7 @@ def test_kernels_use_tensor_cores_and_fit_without_spills(version, tmp_path):
         path.insert(0, str(OLDER[version]))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(Path(__file__).with_name("compile_offline.py"))]
+    command = [sys.executable, str(Path(__file__).with_name("compile_offline.py")), *dtypes]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     report = json.loads(run.stdout.splitlines()[-1])
@@ -45,7 +50,9 @@ def test_kernels_use_tensor_cores_and_fit_without_spills(version, tmp_path):
         assert report["triton"].startswith(version)
     assert report["gluon"] == (version != "3.5")
     expected = PLAIN_GEMMS | OTHERS | (HOPPER_GEMMS if report["gluon"] else set())
-    assert {row["kernel"] for row in report["variants"]} == expected
+    found = {row["kernel"] for row in report["variants"]}
+    # What runs between ranks is compiled for bfloat16 alone: float16 takes the same room.
+    assert found == expected if "bfloat16" in dtypes else found < expected
     for row in report["variants"]:
         name, kernel = row["name"], row["kernel"]
         assert row["STL"] == row["LDL"] == 0, f"{name} spills: {row}"
