@@ -108,6 +108,36 @@ def test_communication_that_is_refused_stays_vllms_unless_it_was_asked_for(monke
     assert lines == [ours, ours, *map(reason.format, why)]
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"moe.num_experts": 7}, "7 experts on 2 ranks"),
+        ({"parallel.ep_size": 4}, "tensor parallelism"),
+        ({"parallel.all2all_backend": "deepep_low_latency"}, "deepep_low_latency"),
+        ({"options.enable_dbo": True}, "dual-batch overlap"),
+        ({"options.enable_elastic_ep": True}, "elastic"),
+        ({"moe.is_lora_enabled": True}, "LoRA"),
+    ],
+)
+def test_tokens_are_left_to_vllm_with_the_reason(
+    change: dict[str, Any], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from farskip_fused.engines.vllm import expert_parallel, ranks
+
+    monkeypatch.setattr(ranks, "_memory", "opened")
+    monkeypatch.setattr(expert_parallel, "get_ep_group", lambda: None)
+    parallel = SimpleNamespace(ep_size=2, dp_size=2, all2all_backend="allgather_reducescatter")
+    moe: Any = SimpleNamespace(num_experts=8, is_lora_enabled=False, moe_parallel_config=parallel)
+    options = SimpleNamespace(enable_dbo=False, enable_elastic_ep=False)
+    config: Any = SimpleNamespace(parallel_config=options)
+    assert expert_parallel._memory(moe, config) == "opened"
+    for name, value in change.items():
+        where, attribute = name.split(".")
+        setattr({"moe": moe, "parallel": parallel, "options": options}[where], attribute, value)
+    with pytest.raises(UsageError, match=sentence):
+        expert_parallel._memory(moe, config)
+
+
 def test_configuration_presents_the_stock_type_and_survives_copies() -> None:
     from farskip_fused.engines.vllm.configs import served
 

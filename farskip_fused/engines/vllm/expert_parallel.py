@@ -20,7 +20,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 
 from farskip_fused.engines.vllm import all_reduce, ranks, settings
 from farskip_fused.errors import UsageError
-from farskip_fused.exchange_setup import WARM_UP_TOKENS, ExchangeOptions, check_sizes, set_up
+from farskip_fused.exchange_setup import WARM_UP_TOKENS, ExchangeOptions, set_up
 from farskip_fused.expert_parallel import Exchange, Pending
 from farskip_fused.kernels.machine import aligned
 from farskip_fused.symmetric import SymmetricMemory
@@ -58,7 +58,7 @@ class ExchangingMethod(UnquantizedFusedMoEMethod):
         return True
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Collective. UsageError for experts that do not divide over the ranks."""
+        """Collective."""
         self.experts = set_up_layer(self.memory, layer)
 
     def apply(
@@ -120,6 +120,7 @@ def leave_under_way(runner: Any) -> bool:
 def _memory(moe: FusedMoEConfig, vllm_config: VllmConfig) -> SymmetricMemory:
     parallel, options = moe.moe_parallel_config, vllm_config.parallel_config
     refused = {
+        f"{moe.num_experts} experts on {parallel.ep_size} ranks": moe.num_experts % parallel.ep_size > 0,
         "tensor parallelism beside data parallelism": parallel.ep_size != parallel.dp_size,
         f"the all-to-all backend {parallel.all2all_backend}": parallel.all2all_backend != "allgather_reducescatter",
         "dual-batch overlap": options.enable_dbo,
@@ -128,22 +129,14 @@ def _memory(moe: FusedMoEConfig, vllm_config: VllmConfig) -> SymmetricMemory:
     }
     reason = next((reason for reason, applies in refused.items() if applies), None)
     if reason is not None:
-        raise UsageError(f"farskip_fused exchanges no tokens with {reason}; leave that out.")
+        raise UsageError(f"farskip_fused exchanges no tokens with {reason}; vLLM does.")
     return ranks.symmetric_memory(get_ep_group())
 
 
 def set_up_layer(memory: SymmetricMemory, layer: Any) -> Experts:
-    """Slots, loaded kernels and places for a layer of vLLM's whose weights are there; collective.
-
-    Raises UsageError for experts that do not divide over the ranks.
-    """
+    """Slots, loaded kernels and places for a layer of vLLM's whose weights are there; collective."""
     moe, w13, w2 = layer.moe_config, layer.w13_weight, layer.w2_weight
-    sizes = {
-        "hidden_size": w13.shape[2], "num_experts": moe.num_experts, "top_k": moe.experts_per_token,
-        "max_tokens": moe.max_num_tokens,
-    }  # fmt: skip
-    check_sizes(sizes, memory.world, w13.dtype)
-    shape = SlotShape(sizes["max_tokens"], sizes["hidden_size"], sizes["top_k"], w13.dtype, staged=memory.by_put)
+    shape = SlotShape(moe.max_num_tokens, w13.shape[2], moe.experts_per_token, w13.dtype, staged=memory.by_put)
 
     @torch.no_grad()
     def warm_up(exchange: Exchange) -> None:
