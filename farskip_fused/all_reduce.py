@@ -209,10 +209,19 @@ class PendingSum:
             all_reduce.start(self._round, rows, two_shot)
         self._mark = slots.memory.mark()
 
-    def finish(self, *, residual: Tensor | None = None) -> Tensor:
+    def landed(self) -> None:
+        """Let this stream wait until ``start``'s kernel has run.
+
+        For a CUDA graph that ends between ``start`` and ``finish``: it must have joined the communication stream.
+        """
+        join(self._mark)
+        self._mark = None
+
+    def finish(self, *, residual: Tensor | None = None, in_place: bool = False) -> Tensor:
         """Wait on the device for the sum and return it, shaped as the addends; every rank gets the same bits.
 
         residual: of the addends' shape and dtype, the same at every rank; added to the rounded sum in the same kernel.
+        in_place: put it where the addends are, which then are no more.
         Raises RuntimeError when called twice, TypeError for a residual of a wrong dtype, UsageError for one of a wrong
         shape or device.
         """
@@ -230,8 +239,9 @@ class PendingSum:
                 raise UsageError(f"A residual on {residual.device} was given; the all-reduce is on {rows.device}.")
             residual = aligned(residual.reshape(rows.shape))
         self._finished = True
-        join(self._mark)
-        result = all_reduce.finish(self._round, rows, residual, self._two_shot)
+        self.landed()
+        result = rows if in_place else torch.empty_like(rows)
+        all_reduce.finish(self._round, rows, residual, self._two_shot, result)
         self._slots.close_round(self._ticket)
         self._slots.memory.check()
         return result.reshape(self.output_shape)

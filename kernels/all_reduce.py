@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -328,13 +327,12 @@ def start(round_: ReduceRound, rows: Tensor, two_shot: bool) -> None:
     )  # fmt: skip
 
 
-def finish(round_: ReduceRound, rows: Tensor, residual: Tensor | None, two_shot: bool) -> Tensor:
+def finish(round_: ReduceRound, rows: Tensor, residual: Tensor | None, two_shot: bool, result: Tensor) -> None:
     """Wait for the sums of all ranks' rows, add a residual where given, and release the slot.
 
     rows: those of ``start``, of which only shape and dtype are read. residual: [T, H] of their dtype.
-    Returns [T, H], the same bits at every rank where the residual is the same; NaN once the context has failed.
+    result: [T, H], gets the same bits at every rank where the residual is the same; NaN once the context has failed.
     """
-    result = torch.empty_like(rows)
     programs = _programs(round_, rows, two_shot)
     units = rows.numel() // unit_of(rows.shape[1], rows.itemsize)
     pieces = min(
@@ -344,4 +342,3 @@ def finish(round_: ReduceRound, rows: Tensor, residual: Tensor | None, two_shot:
         round_.context, round_.ticket, residual, result, rows.shape[0], round_.source_units,
         **_constants(round_, rows.shape[1], rows.itemsize, two_shot), **SUMMED_IN_FINISH,
     )  # fmt: skip
-    return result

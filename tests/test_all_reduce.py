@@ -63,10 +63,11 @@ def sum_under_skew(memory, rounds, max_tokens, hidden, dtype, worst_delay):
             tokens = (drawn, 0, max_tokens, 1)[seed % 4]
             parts, residual = addends(memory, tokens, hidden, dtype, seed)
             delay(memory, worst_delay)
-            pending.append((all_reduce.start(parts[memory.rank]), parts, residual if seed % 3 else None))
-        for started, parts, residual in pending:
+            pending.append((all_reduce.start(parts[memory.rank].clone()), parts, residual if seed % 3 else None))
+        for in_place, (started, parts, residual) in enumerate(pending):
             delay(memory, worst_delay)
-            wrong += (started.finish(residual=residual) != definition(parts, residual)).any()
+            total = started.finish(residual=residual, in_place=bool(in_place))
+            wrong += (total != definition(parts, residual)).any()
     memory.synchronize()
     assert int(wrong) == 0, f"rank {memory.rank}: {int(wrong)} sums differ"
 

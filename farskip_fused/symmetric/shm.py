@@ -43,7 +43,7 @@ class SharedMemory(SymmetricMemory):
             # Nothing is left behind, whoever is killed later: the mappings keep the memory alive without its name.
             path.unlink()
         self._mapped += storages
-        memory = torch.empty(0, dtype=torch.uint8).set_(own)
+        memory = torch.empty(0, dtype=torch.uint8, device="cpu").set_(own)
         return SymmetricBuffer(memory, [storage.data_ptr() for storage in storages])
 
     def gather(self, value: Any) -> list[Any]:

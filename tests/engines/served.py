@@ -112,6 +112,7 @@ def serve(path: Path, *, eager: bool = True, traces: Path | None = None, **optio
             "profiler": "torch",
             "torch_profiler_dir": str(traces),
             "torch_profiler_use_gzip": False,
+            "torch_profiler_with_stack": False,  # of interpreted kernels it would be gigabytes
         }
     engine = LLM(
         str(path),

@@ -75,12 +75,67 @@ def test_kernels_answer_for_a_converted_model(family: str, checkpoints: Path) ->
 
 
 def test_kernels_are_refused_with_the_reason() -> None:
-    from farskip_fused.engines.vllm.experts import read_setting, reason_against
+    from farskip_fused.engines.vllm import settings
+    from farskip_fused.engines.vllm.experts import reason_against
 
+    given: Any = SimpleNamespace(additional_config={"farskip_experts": "yes"})
     with pytest.raises(UsageError, match=r"yes.*--additional-config"):
-        read_setting(SimpleNamespace(additional_config={"farskip_experts": "yes"}))  # type: ignore[arg-type]
-    assert read_setting(SimpleNamespace(additional_config={})) is None  # type: ignore[arg-type]
+        settings.read(given, settings.EXPERTS)
+    assert settings.read(given, settings.ALL_REDUCE) is None
     assert "quantised" in str(reason_against(object()))
+
+
+def test_communication_that_is_refused_stays_vllms_unless_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from farskip_fused.engines.vllm import ranks, settings
+
+    lines: list[str] = []
+    monkeypatch.setattr(ranks.logger, "info_once", lambda line, *values: lines.append(line % values), raising=False)
+    monkeypatch.setattr(ranks, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+
+    def refuse() -> None:
+        raise UsageError("The backend needs nvshmem4py.")
+
+    def choose(make: Any, setting: bool | None) -> Any:
+        config: Any = SimpleNamespace(additional_config={} if setting is None else {settings.ALL_REDUCE: setting})
+        return ranks.ours_or_none("Sums", config, settings.ALL_REDUCE, make)
+
+    assert choose(lambda: "ours", None) == choose(lambda: "ours", True) == "ours"
+    assert choose(refuse, None) is choose(lambda: "ours", False) is None
+    with pytest.raises(UsageError, match="nvshmem4py"):
+        choose(refuse, True)
+    ours, reason = "Sums: farskip_fused's", "Sums: vLLM's own ({})"
+    why = ("The backend needs nvshmem4py.", "farskip_all_reduce is false")
+    assert lines == [ours, ours, *map(reason.format, why)]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"moe.num_experts": 7}, "7 experts on 2 ranks"),
+        ({"parallel.ep_size": 4}, "tensor parallelism"),
+        ({"parallel.all2all_backend": "deepep_low_latency"}, "deepep_low_latency"),
+        ({"options.enable_dbo": True}, "dual-batch overlap"),
+        ({"options.enable_elastic_ep": True}, "elastic"),
+        ({"moe.is_lora_enabled": True}, "LoRA"),
+    ],
+)
+def test_tokens_are_left_to_vllm_with_the_reason(
+    change: dict[str, Any], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from farskip_fused.engines.vllm import expert_parallel, ranks
+
+    monkeypatch.setattr(ranks, "_memory", "opened")
+    monkeypatch.setattr(expert_parallel, "get_ep_group", lambda: None)
+    parallel = SimpleNamespace(ep_size=2, dp_size=2, all2all_backend="allgather_reducescatter")
+    moe: Any = SimpleNamespace(num_experts=8, is_lora_enabled=False, moe_parallel_config=parallel)
+    options = SimpleNamespace(enable_dbo=False, enable_elastic_ep=False)
+    config: Any = SimpleNamespace(parallel_config=options)
+    assert expert_parallel._memory(moe, config) == "opened"
+    for name, value in change.items():
+        where, attribute = name.split(".")
+        setattr({"moe": moe, "parallel": parallel, "options": options}[where], attribute, value)
+    with pytest.raises(UsageError, match=sentence):
+        expert_parallel._memory(moe, config)
 
 
 def test_configuration_presents_the_stock_type_and_survives_copies() -> None:

@@ -225,7 +225,7 @@ def exchange_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
             a = (reduction, addends, two_shot)
             yield f"{paced=} {two_shot=}", lambda a=a: all_reduce.start(*a)
             for residual in (None, addends) if not paced else ():
-                a = (reduction, addends, residual, two_shot)
+                a = (reduction, addends, residual, two_shot, torch.empty_like(addends))
                 yield f"{two_shot=}", lambda a=a: all_reduce.finish(*a)
     slots = [SlotRows(round_), SlotRows(round_, arrived=True)]
     yield (

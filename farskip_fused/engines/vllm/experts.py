@@ -22,11 +22,11 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.platforms import current_platform
 
 from farskip_fused import reference
+from farskip_fused.engines.vllm import settings
+from farskip_fused.engines.vllm.expert_parallel import exchange_tokens
 from farskip_fused.errors import UsageError
 from farskip_fused.local_experts import DTYPES, compute_experts
 from farskip_fused.record import CLASS_PREFIX
-
-SETTING = "farskip_experts"
 
 
 class FarSkipExperts(mk.FusedMoEExpertsModular):
@@ -128,15 +128,16 @@ class FarSkipRoutedExperts(RoutedExperts):
     def _get_quant_method(self, *args: Any, **kwargs: Any) -> Any:
         method = super()._get_quant_method(*args, **kwargs)
         vllm_config = get_current_vllm_config()
-        wanted = read_setting(vllm_config)
+        wanted = settings.read(vllm_config, settings.EXPERTS)
         if wanted is None:
             wanted = current_platform.is_cuda() and _is_farskip(vllm_config) and reason_against(method) is None
         if wanted:
             reason = reason_against(method)
             if reason is not None:
-                raise UsageError(f"{SETTING} was asked for, but {reason}; leave it out.")
+                raise UsageError(f"{settings.EXPERTS} was asked for, but {reason}; leave it out.")
             # Of vLLM's own kernels those in Triton take the weights as they are loaded, as these do.
             method.unquantized_backend, method.experts_cls = UnquantizedMoeBackend.TRITON, FarSkipExperts
+            exchange_tokens(method, vllm_config)
         return method
 
 
@@ -148,15 +149,6 @@ def reason_against(method: Any) -> str | None:
     if chosen is None or chosen.is_monolithic():
         return f"vLLM routes and computes experts in one piece here ({method.unquantized_backend.value})"
     return FarSkipExperts.is_supported_config(FarSkipExperts, method.moe, None, None, chosen.activation_format())[1]
-
-
-def read_setting(vllm_config: VllmConfig) -> bool | None:
-    """What ``--additional-config`` says of the kernels; None if nothing."""
-    given = vllm_config.additional_config
-    value = given.get(SETTING) if isinstance(given, dict) else None
-    if value is not None and not isinstance(value, bool):
-        raise UsageError(f'{SETTING} is {value!r} in --additional-config; write {{"{SETTING}": true}} or false.')
-    return value
 
 
 def _is_farskip(vllm_config: VllmConfig) -> bool:

@@ -15,6 +15,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 
 from farskip_fused.engines.vllm import all_reduce
+from farskip_fused.engines.vllm.expert_parallel import leave_under_way
 from farskip_fused.engines.wiring import Wiring, read_wirings
 from farskip_fused.errors import UsageError
 
@@ -70,6 +71,19 @@ class FarSkipLayer:
         return getattr(self, self.mlp_name)
 
 
+class ExchangingFarSkipLayer(FarSkipLayer):
+    """The same where tokens travel to experts of other ranks: they come back while the next layer's attention runs."""
+
+    def await_routed(self, hidden_states: Tensor, attended: Tensor) -> None:
+        all_reduce.finish(hidden_states, attended, all_reduce.ROUTED)
+
+    def add_mlp(self, mlp_input: Tensor, stream: Tensor, attended: Tensor | None) -> tuple[Tensor, Tensor]:
+        routed, stream = super().add_mlp(mlp_input, stream, attended)
+        if self.wiring.splits:
+            all_reduce.start(routed, stream, all_reduce.ROUTED)
+        return routed, stream
+
+
 class ParallelFarSkipLayer(FarSkipLayer):
     """The same where ranks hold parts of attention and experts, whose outputs are to be summed over the ranks.
 
@@ -90,19 +104,21 @@ class ParallelFarSkipLayer(FarSkipLayer):
         parts = [part for part in (attended, self.shared_output(mlp_input)) if part is not None]
         if not parts:
             routed = self.block(mlp_input)
-            return (self.start_routed(routed, stream) if self.wiring.splits else routed), stream
-        early = all_reduce.start(sum(parts[1:], parts[0]), mlp_input, all_reduce.ATTENTION)
+            if self.wiring.splits:
+                self.start_routed(routed, stream)
+            return routed, stream
+        early = sum(parts[1:], parts[0])
+        all_reduce.start(early, mlp_input, all_reduce.ATTENTION)
         routed = self.block(mlp_input)
         if self.wiring.splits:
-            routed = self.start_routed(routed, early)
+            self.start_routed(routed, early)
         all_reduce.finish(early, routed, all_reduce.ATTENTION)
         return routed, stream + early
 
-    def start_routed(self, routed: Tensor, before: Tensor) -> Tensor:
-        routed = all_reduce.start(routed, before, all_reduce.ROUTED)
+    def start_routed(self, routed: Tensor, before: Tensor) -> None:
+        all_reduce.start(routed, before, all_reduce.ROUTED)
         if not self.leaves_under_way:
             all_reduce.finish(routed, before, all_reduce.ROUTED)
-        return routed
 
     def shared_output(self, mlp_input: Tensor) -> Tensor | None:
         """This rank's part, where the shared experts do not run inside the block."""
@@ -120,20 +136,27 @@ def wire(decoder: nn.Module, vllm_config: VllmConfig) -> None:
     is_moe = [hasattr(getattr(layer, name), "experts") for layer, name in zip(layers, names, strict=True)]
     wirings = read_wirings(vllm_config.model_config.hf_config.farskip, is_moe)
     over_ranks = get_tensor_model_parallel_world_size() > 1
+    if over_ranks:
+        all_reduce.set_up(vllm_config)
+    # A draft model that taps the streams between layers reads hidden_states + residual there.
+    leaves_under_way = vllm_config.speculative_config is None
+    behaviour: Any = ParallelFarSkipLayer if over_ranks else FarSkipLayer
     for layer, name, wiring in zip(layers, names, wirings, strict=True):
         if wiring.is_stock:
             continue
-        layer.__class__ = _subclass(ParallelFarSkipLayer if over_ranks else FarSkipLayer, cast(Any, type(layer)))
+        block = cast(Any, getattr(layer, name))
+        if wiring.splits:
+            check_splits(block)
+            if leaves_under_way and leave_under_way(block.experts):
+                behaviour = ExchangingFarSkipLayer
+        layer.__class__ = _subclass(behaviour, cast(Any, type(layer)))
         rewired = cast(Any, layer)
         rewired.wiring, rewired.mlp_name = wiring, name
-        if wiring.splits:
-            check_splits(rewired.block)
         if over_ranks:
-            # A draft model that taps the streams between layers reads hidden_states + residual there.
-            rewired.leaves_under_way = vllm_config.speculative_config is None
+            rewired.leaves_under_way = leaves_under_way
             rewired.self_attn.o_proj.reduce_results = not (wiring.is_moe and wiring.mlp_first)
             if wiring.splits:
-                leave_parts(rewired.block)
+                leave_parts(block)
 
 
 @functools.cache
