@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from farskip_fused.all_reduce import ONE_SHOT_BYTES_OF_ALL
+from farskip_fused.all_reduce import ANY_MESSAGE, largest_in_one_shot
 from farskip_fused.bench.all_reduce_ranks import ONE_SHOT, OTHERS, TWO_SHOTS, Case, Measured, measure, measure_other
 from farskip_fused.bench.all_to_all import LIMIT, SHARED
 from farskip_fused.bench.collectives import first_line
@@ -112,7 +112,7 @@ def crossings(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         found.append(
             {
                 "ranks": world, "sms": sms, "two_shots_faster_from_bytes": faster,
-                "threshold_bytes": ONE_SHOT_BYTES_OF_ALL // world,
+                "threshold_bytes": largest_in_one_shot(world),
             }
         )  # fmt: skip
     return found
@@ -134,11 +134,12 @@ def render(report: dict[str, Any]) -> None:
         )  # fmt: skip
     console.print(table)
     for one in report["crossings"]:
-        faster = one["two_shots_faster_from_bytes"]
+        faster, threshold = one["two_shots_faster_from_bytes"], one["threshold_bytes"]
         console.print(
             f"{one['ranks']} ranks, {one['sms']} SMs: two shots are faster "
             + ("at no size that was timed in both forms" if faster is None else f"from {faster / 1024:.0f} KiB on")
-            + f"; by default one shot carries up to {one['threshold_bytes'] / 1024:.0f} KiB",
+            + "; by default one shot carries "
+            + ("any message" if threshold == ANY_MESSAGE else f"up to {threshold / 1024:.0f} KiB"),
             highlight=False,
         )
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from farskip_fused.all_reduce import AllReduce
+from farskip_fused.all_reduce import ANY_MESSAGE, AllReduce
 from farskip_fused.bench.collectives import Refused, capture, synchronize, time_call, together
 from farskip_fused.bench.shapes import BYTES
 from farskip_fused.symmetric import SymmetricMemory
@@ -25,8 +25,7 @@ FORMS = (ONE_SHOT, TWO_SHOTS)
 NCCL = "torch's all_reduce over NCCL"
 SYMMETRIC = "torch's symmetric-memory all-reduce"
 Form = tuple[Callable[[Tensor], Tensor], Tensor]  # what sums addends over the ranks, and those it is given
-LARGEST_ONE_SHOT = 2**24  # bytes; its slots hold a message from every rank
-ANY_BYTES = 2**62
+LARGEST_ONE_SHOT = 2**27  # bytes; its slots hold a message from every rank
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def measure(memory: SymmetricMemory, cases: list[Case], iterations: int) -> list
             if tokens:
                 made[hidden, sms, form] = AllReduce(
                     memory, max_tokens=max(tokens), hidden_size=hidden, dtype=dtype_on(memory.device),
-                    num_comm_sms=sms, one_shot_bytes=ANY_BYTES if form == ONE_SHOT else 0,
+                    num_comm_sms=sms, one_shot_bytes=ANY_MESSAGE if form == ONE_SHOT else 0,
                 )  # fmt: skip
                 made[hidden, sms, form].setup()
     found = []

@@ -26,9 +26,15 @@ from farskip_fused.symmetric.local import LocalMemory
 from farskip_fused.symmetric.slots import MINIMUM_DEPTH, Rounds, Ticket, open_once, padded_regions
 
 # One shot as long as a rank's message times the number of ranks is no more: 512 KiB between 4, 256 KiB between 8. Two
-# shots send (W - 1) (1 - 2 / W) messages less and cost one more wait for the slowest rank, some 4 us.
-# `farskip bench all-reduce` times both and says where they cross.
+# shots send (W - 1) (1 - 2 / W) messages less and cost one more wait for the slowest rank, some 4 us. Between two ranks
+# that is nothing less, nor is there less room in the slots. `farskip bench all-reduce` says where both cross.
 ONE_SHOT_BYTES_OF_ALL = 2**21
+ANY_MESSAGE = 2**62
+
+
+def largest_in_one_shot(world: int) -> int:
+    """Bytes of a rank's rows up to which an all-reduce goes in one shot, unless it is told otherwise."""
+    return ANY_MESSAGE if world <= 2 else ONE_SHOT_BYTES_OF_ALL // world
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ class AllReduce:
     depth: all-reduces in flight, at least 2.
     num_comm_sms: multiprocessors that communication may take while others compute; None for 8 of 132.
     one_shot_bytes: largest message, in bytes of one rank's rows, that goes in one shot (``kernels/all_reduce.py``);
-        None for 2 MiB divided by the number of ranks.
+        None for 2 MiB divided by the number of ranks, and for any message between two.
     Sums are in float32, rank 0 first, and rounded once: the same bits at every rank, in every run, whatever
     ``one_shot_bytes`` is. Every rank makes the same calls in the same order, with the same number of tokens.
     ``setup`` must be called, on every rank, before the first ``start``.
@@ -117,10 +123,10 @@ class AllReduce:
             )
         if num_comm_sms is not None and num_comm_sms < 1:
             raise UsageError(f"num_comm_sms is {num_comm_sms}; it must be at least 1.")
-        if one_shot_bytes is None:
-            one_shot_bytes = ONE_SHOT_BYTES_OF_ALL // memory.world
         programs, others = share_multiprocessors(memory.device, num_comm_sms)
         dtype = dtype or torch.get_default_dtype()
+        if one_shot_bytes is None:
+            one_shot_bytes = largest_in_one_shot(memory.world)
         self.memory = memory
         self.shape = ReduceShape(max_tokens, hidden_size, dtype, one_shot_bytes, programs, depth)
         self._finish_programs = programs + others  # nothing else runs on the stream that waits

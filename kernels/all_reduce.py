@@ -1,6 +1,6 @@
 """All-reduce: the rows of all ranks summed at every rank, for tensor-parallel inference.
 
-Two forms. One shot: every rank stores its rows at all ranks, and each sums them for itself; one wait, and W - 1 times
+Two forms. One shot: every rank stores its rows at all others, and each sums them for itself; one wait, and W - 1 times
 the bytes leave a rank. Two shots: rank r sums the r-th part of everybody's rows and stores the sums at all ranks (a
 reduce-scatter and an all-gather); two waits, and 2 (W - 1) / W times the bytes leave. Both add in float32, rank 0
 first, and round once, so that they agree with each other, and all ranks, bit for bit.
@@ -159,9 +159,9 @@ def _compare_tokens(context, epoch, slot, tokens, LANES: tl.constexpr):
 
 @triton.jit
 def _sum_sources(
-    context, slot, source_units, unit, last, UNIT: tl.constexpr, DTYPE: tl.constexpr, AT_ONCE: tl.constexpr
+    context, slot, source_units, own, unit, last, UNIT: tl.constexpr, DTYPE: tl.constexpr, AT_ONCE: tl.constexpr
 ):  # fmt: skip
-    """float32 sums [BLOCK, UNIT] of what all ranks have stored here for units below ``last``, rank 0 first."""
+    """float32 sums [BLOCK, UNIT] of ``own`` and what the others have stored here below ``last``, rank 0 first."""
     world, rank = tl.load(context + WORLD).to(tl.int32), tl.load(context + RANK)
     first_source = slot * world
     total = tl.zeros((unit.shape[0], UNIT), tl.float32)
@@ -170,10 +170,10 @@ def _sum_sources(
         for step in tl.static_range(AT_ONCE):
             source = start + step
             pointers = _units_at(context, rank, REDUCE_ROWS, (first_source + source) * source_units + unit, UNIT, DTYPE)
-            mask = (unit < tl.where(source < world, last, 0))[:, None]
+            mask = (unit < tl.where((source < world) & (source != rank), last, 0))[:, None]
             loaded += (tl.load(pointers, mask=mask, other=0.0),)  # type: ignore[assignment]
         for step in tl.static_range(AT_ONCE):
-            total += loaded[step].to(tl.float32)  # type: ignore[misc]
+            total += tl.where(start + step == rank, own, loaded[step]).to(tl.float32)  # type: ignore[misc]
     return total
 
 
@@ -205,7 +205,7 @@ def _start_reduce(
             count = tl.zeros((LANES,), tl.int64) + tokens
             tl.store(counts.to(tl.pointer_type(tl.int64)), count, mask=peer < world)
         if TWO_SHOT:
-            for turn in range(1, world + 1):
+            for turn in range(1, world):
                 owner = (rank + turn) % world
                 before = owner * part
                 last = tl.minimum(end, units - before)
@@ -215,13 +215,13 @@ def _start_reduce(
                     loaded = tl.load(values + _elements(before + unit, UNIT), mask=mask)
                     tl.store(_units_at(context, owner, REDUCE_ROWS, own_source + unit, UNIT, element), loaded, mask)
                 if PACED:
-                    pace(context, tl.maximum(last - first, 0).to(tl.int64) * UNIT_SIZE * (owner != rank).to(tl.int64))
+                    pace(context, tl.maximum(last - first, 0).to(tl.int64) * UNIT_SIZE)
         else:
             for start in range(first, end, COPIED):
                 unit = start + tl.arange(0, COPIED)
                 mask = (unit < end)[:, None]
                 loaded = tl.load(values + _elements(unit, UNIT), mask=mask)
-                for turn in range(1, world + 1):
+                for turn in range(1, world):
                     owner = (rank + turn) % world
                     tl.store(_units_at(context, owner, REDUCE_ROWS, own_source + unit, UNIT, element), loaded, mask)
             if PACED:
@@ -238,7 +238,8 @@ def _start_reduce(
             for start in range(first, last, SUMMED):
                 unit = start + tl.arange(0, SUMMED)
                 mask = (unit < last)[:, None]
-                total = _sum_sources(context, slot, source_units, unit, last, UNIT, element, SOURCES).to(element)
+                own = tl.load(values + _elements(before + unit, UNIT), mask=mask, other=0.0)
+                total = _sum_sources(context, slot, source_units, own, unit, last, UNIT, element, SOURCES).to(element)
                 for turn in range(1, world + 1):
                     reader = (rank + turn) % world
                     tl.store(_units_at(context, reader, REDUCE_SUMS, sums + unit, UNIT, element), total, mask)
@@ -256,7 +257,7 @@ def _start_reduce(
 
 @triton.jit(do_not_specialize=["tokens", "source_units"])
 def _finish_reduce(
-    context, ticket, residual, result, tokens, source_units,
+    context, ticket, values, residual, result, tokens, source_units,
     HIDDEN: tl.constexpr, UNIT: tl.constexpr, TWO_SHOT: tl.constexpr, FLAGS_OF_RANK: tl.constexpr,
     LANES: tl.constexpr, SUMMED: tl.constexpr, SOURCES: tl.constexpr,
 ):  # fmt: skip
@@ -289,7 +290,8 @@ def _finish_reduce(
                 pointers = _units_at(context, rank, REDUCE_SUMS, sums + before + unit, UNIT, element)
                 total = tl.load(pointers, mask=mask, other=0.0)
             else:
-                total = _sum_sources(context, slot, source_units, unit, last, UNIT, element, SOURCES).to(element)
+                own = tl.load(values + at, mask=mask, other=0.0)
+                total = _sum_sources(context, slot, source_units, own, unit, last, UNIT, element, SOURCES).to(element)
             if residual is not None:
                 # Rounded before it is added, so that the result is bit for bit that of a separate addition.
                 total = (tl.load(residual + at, mask=mask, other=0.0).to(tl.float32) + total.to(tl.float32)).to(element)
@@ -330,8 +332,8 @@ def start(round_: ReduceRound, rows: Tensor, two_shot: bool) -> None:
 def finish(round_: ReduceRound, rows: Tensor, residual: Tensor | None, two_shot: bool, result: Tensor) -> None:
     """Wait for the sums of all ranks' rows, add a residual where given, and release the slot.
 
-    rows: those of ``start``, of which only shape and dtype are read. residual: [T, H] of their dtype.
-    result: [T, H], gets the same bits at every rank where the residual is the same; NaN once the context has failed.
+    rows: those of ``start``. residual: [T, H] of their dtype. result: [T, H], may be the rows; gets the same bits at
+    every rank where the residual is the same; NaN once the context has failed.
     """
     programs = _programs(round_, rows, two_shot)
     units = rows.numel() // unit_of(rows.shape[1], rows.itemsize)
@@ -339,6 +341,6 @@ def finish(round_: ReduceRound, rows: Tensor, residual: Tensor | None, two_shot:
         max(ceil_div(units, programs * SUMMED_IN_FINISH["SUMMED"]), 1), max(round_.finish_programs // programs, 1)
     )
     _finish_reduce[(programs, pieces)](
-        round_.context, round_.ticket, residual, result, rows.shape[0], round_.source_units,
+        round_.context, round_.ticket, rows, residual, result, rows.shape[0], round_.source_units,
         **_constants(round_, rows.shape[1], rows.itemsize, two_shot), **SUMMED_IN_FINISH,
     )  # fmt: skip
