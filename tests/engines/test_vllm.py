@@ -84,7 +84,7 @@ def test_kernels_are_refused_with_the_reason() -> None:
 
 
 def test_configuration_presents_the_stock_type_and_survives_copies() -> None:
-    from farskip_fused.engines.vllm.configs import served
+    from farskip_fused.engines.configs import served
 
     config = served("deepseek_v3")(farskip={"version": 1}, hidden_size=64)
     for same in (config, pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
