@@ -20,8 +20,6 @@ from torch import Tensor
 class _Kernels(ModuleType):
     """``sgl_kernel``: names that SGLang imports on CPU; of those only what is defined here can be called."""
 
-    __path__: list[str] = []
-
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if not name.endswith("_cpu"):
             raise AttributeError(name)
@@ -44,7 +42,11 @@ class _Kernels(ModuleType):
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        return importlib.machinery.ModuleSpec(name, self) if name in ("sgl_kernel", "sgl_kernel.mamba") else None
+        return (
+            importlib.machinery.ModuleSpec(name, self, is_package=True)
+            if name in ("sgl_kernel", "sgl_kernel.mamba")
+            else None
+        )
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         return _Kernels(spec.name)
@@ -55,9 +57,12 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 sys.meta_path.append(_Finder())
 
-_torchvision = torch.library.Library("torchvision", "DEF")
-for _name in ("nms", "qnms"):
-    _torchvision.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+try:
+    import torchvision  # noqa: F401
+except RuntimeError:  # its operators do not load with this torch, and it describes two of them regardless
+    _operators = torch.library.Library("torchvision", "DEF")
+    for _name in ("nms", "qnms"):
+        _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def run_scheduler(*args: Any, **kwargs: Any) -> Any:
