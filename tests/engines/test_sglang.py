@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ if importlib.util.find_spec("sglang") is None:
 import torch
 
 from farskip_fused.engines import sglang as adapter
+from farskip_fused.engines.wiring import Wiring
 from farskip_fused.errors import UsageError
 from tests.engines.served import Answer, assert_same_answer
 from tests.engines.sglang_engine import serve
@@ -63,6 +65,35 @@ def test_standard_connectivity_answers_bit_for_bit_as_stock_sglang(references: P
         for connectivity in ("standard", None)
     )
     assert standard == stock
+
+
+def test_sums_are_under_way_while_what_does_not_read_them_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from farskip_fused.engines.sglang import layers
+
+    events: list[str] = []
+
+    def log(event: str) -> Callable[..., Any]:
+        return lambda value, *args, **kwargs: events.append(event) or value
+
+    class Layer(layers.FarSkipLayer):
+        wiring = Wiring(is_moe=True, reads_partial=True, mlp_first=True, splits=True)
+        layer_communicator = SimpleNamespace(prepare_attn=lambda stream, residual, batch: (stream, stream))
+        mlp = SimpleNamespace(forward_normal=log("routed experts"))
+
+        def post_attention_layernorm(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> Any:
+            return hidden_states + residual, hidden_states + residual
+
+        def shared_output(self, mlp_input: torch.Tensor) -> torch.Tensor:
+            events.append("shared experts")
+            return mlp_input
+
+    monkeypatch.setattr(layers.all_reduce, "start", log("start"))
+    monkeypatch.setattr(layers.all_reduce, "finish", log("finish"))
+    routed, stream = Layer().run(torch.full((1,), 1.0), torch.full((1,), 2.0), None, log("attention"))
+    layer_before = ["attention", "finish"]
+    attention = ["shared experts", "start", "routed experts", "start", "finish"]
+    assert events == layer_before + attention
+    assert (routed.item(), stream.item()) == (3.0, 3.0 + 2.0 + 3.0)
 
 
 @pytest.fixture

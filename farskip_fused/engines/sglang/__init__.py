@@ -22,9 +22,10 @@ def register() -> None:
 
     Raises UsageError where ``SGLANG_EXTERNAL_MODEL_PACKAGE`` names another package: SGLang takes one.
     """
-    named = os.environ.setdefault(VARIABLE, __name__)
+    named = os.environ.get(VARIABLE) or __name__
     if named != __name__:
         raise UsageError(f"{VARIABLE} is {named}, and SGLang takes one package; unset it to serve FarSkip models.")
+    os.environ[VARIABLE] = named
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from farskip_fused.engines.sglang import configs
