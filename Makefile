@@ -2,6 +2,7 @@
 # make test    set-up, then the tests that this machine can run
 # make test-full   those, and the rest of the large matrices (every model family): an hour
 # make test-vllm   set up an environment of its own with vLLM for CPUs, then the tests of the vLLM plugin
+# make test-sglang   the same with SGLang's engine for CPUs, and the tests of its external model package
 # make soak    one slice of a long run of dispatch and combine between ranks; again, to go on
 # make demo    set-up, then the whole path on a small model: train, convert, recover, reload, split over processes
 PYTHON ?= python3
@@ -10,9 +11,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
+SGLANG := .venv-sglang
+SGLANG_STAMP := $(SGLANG)/.installed
 OLDER_TRITON := 3.5 3.6 # kernels are compiled with them too, tests/kernels/test_compiles.py
 
-.PHONY: setup test test-full test-vllm soak lint demo wheel clean
+.PHONY: setup test test-full test-vllm test-sglang soak lint demo wheel clean
 
 setup: $(STAMP)
 
@@ -47,6 +50,17 @@ $(VLLM_STAMP): pyproject.toml setup.py constraints-dev.txt | $(BIN)/python
 test-vllm: $(VLLM_STAMP)
 	$(VLLM)/bin/python -m pytest tests/engines
 
+# Bytecode is written here: each engine of the tests imports SGLang in a process of its own.
+$(SGLANG_STAMP): pyproject.toml setup.py tests/engines/sglang-requirements.txt | $(BIN)/python
+	$(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/python -m pip install --disable-pip-version-check --quiet -r tests/engines/sglang-requirements.txt -e .
+	$(SGLANG)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps sglang==0.5.17
+	@touch $@
+
+# Checkpoints and what transformers says of them come from the main environment: SGLang's transformers is older.
+test-sglang: setup $(SGLANG_STAMP)
+	REFERENCE_PYTHON=$(BIN)/python $(SGLANG)/bin/python -m pytest tests/engines/test_sglang.py
+
 soak: setup
 	$(BIN)/python -m tests.symmetric.soak
 
@@ -64,5 +78,5 @@ wheel: setup
 	$(BIN)/python -m pip wheel --no-deps --disable-pip-version-check -w dist .
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist demo *.egg-info farskip_fused/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(SGLANG) build dist demo *.egg-info farskip_fused/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find farskip_fused kernels bench tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of the families that vLLM serves, what transformers says of them, and what vLLM says."""
+"""Tiny random checkpoints of the families that engines serve, what transformers says of them, and what vLLM says."""
 
 from __future__ import annotations
 
@@ -74,12 +74,21 @@ class Answer(NamedTuple):
     logprobs: list[dict[int, float]]
 
 
-def make(family: str, folder: Path, connectivity: str | None, layers: str = "all") -> Path:
-    """The checkpoint of a family's random model, the same weights at every call; unconverted without connectivity."""
+def make(
+    family: str,
+    folder: Path,
+    connectivity: str | None,
+    layers: str = "all",
+    entries: dict[str, dict[str, Any]] = FAMILIES,
+) -> Path:
+    """The checkpoint of a family's random model, the same weights at every call; unconverted without connectivity.
+
+    entries: each family's configuration, beyond ``COMMON``.
+    """
     path = folder / f"{family}-{connectivity}-{layers.replace(':', '-')}"
     if not path.exists():
         torch.manual_seed(0)
-        config = transformers.AutoConfig.for_model(family, **(COMMON | FAMILIES[family]))
+        config = transformers.AutoConfig.for_model(family, **(COMMON | entries[family]))
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
@@ -153,7 +162,12 @@ def assert_same_answers(answers: list[Answer], path: Path) -> None:
         with torch.no_grad():
             logits = model(torch.tensor([prompt + answer.tokens]), use_cache=False).logits[0, len(prompt) - 1 : -1]
         expected = logits.log_softmax(dim=-1)
-        assert answer.tokens == expected.argmax(dim=-1).tolist()
-        for step, values in zip(answer.logprobs, expected, strict=True):
-            ids = list(step)
-            torch.testing.assert_close(torch.tensor([step[i] for i in ids]), values[ids], rtol=0, atol=1e-4)
+        assert_same_answer(answer, expected.argmax(dim=-1).tolist(), expected)
+
+
+def assert_same_answer(answer: Answer, tokens: list[int], logprobs: torch.Tensor) -> None:
+    """Greedy tokens, and of the likeliest the log-probabilities. logprobs: [tokens, vocabulary], float32."""
+    assert answer.tokens == tokens
+    for step, values in zip(answer.logprobs, logprobs, strict=True):
+        ids = list(step)
+        torch.testing.assert_close(torch.tensor([step[i] for i in ids]), values[ids], rtol=0, atol=1e-4)

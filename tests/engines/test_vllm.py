@@ -139,7 +139,7 @@ def test_tokens_are_left_to_vllm_with_the_reason(
 
 
 def test_configuration_presents_the_stock_type_and_survives_copies() -> None:
-    from farskip_fused.engines.vllm.configs import served
+    from farskip_fused.engines.configs import served
 
     config = served("deepseek_v3")(farskip={"version": 1}, hidden_size=64)
     for same in (config, pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
