@@ -131,10 +131,13 @@ class Bench:
             self.console.print(name, {key: round(value, 4) for key, value in short.items()})
         return left
 
+    def _teacher_seconds(self, shape: str) -> float:
+        return self.sizes.teacher_seconds[SHAPES.index(shape)]
+
     def _expected(self, name: str) -> float:
         """Seconds, from units of the same kind that are done."""
         if name.endswith("/teacher"):
-            return self.sizes.teacher_seconds * 1.3 / (1 if name.startswith("deepseek") else 1.5)
+            return 1.3 * self._teacher_seconds(name.partition("/")[0])
         untrained = "untrained" in name
         done = [each["seconds"] for n, _ in self.units() if ("untrained" in n) == untrained and (each := self.result(n))
                 and not n.endswith("/teacher")]  # fmt: skip
@@ -171,7 +174,7 @@ class Bench:
         before = copy.deepcopy(model)
         ff.distill(model, data.training, config, steps=PROBE_WARM_UP, console=self.console)
         probe = ff.distill(model, data.training, config, steps=PROBE_STEPS, console=self.console)
-        seconds = sizes.teacher_seconds / (1 if shape == "deepseek" else 1.5)
+        seconds = self._teacher_seconds(shape)
         steps = max(10, int(seconds * probe.tokens_per_second / sizes.teacher_batch))
         report = ff.distill(
             before, data.training, config, steps=steps, warmup_steps=min(100, steps // 10),

@@ -27,7 +27,7 @@ class Sizes:
     """How large everything is; ``FULL`` is for one H100, ``TOY`` for a try on a processor.
 
     solved: documents of solved small functions in the text. recovery_tokens: of each recovery, whose batch is
-    ``recovery_batch``. teacher_seconds: of training the first model; the second one gets two thirds.
+    ``recovery_batch``. teacher_seconds: of training each model.
     """
 
     vocabulary: int = 8192
@@ -42,7 +42,7 @@ class Sizes:
     top_k: int = 4
     intermediate: int = 256
     teacher_batch: int = 2**16
-    teacher_seconds: float = 270.0
+    teacher_seconds: tuple[float, float] = (270.0, 180.0)
     teacher_rate: float = 1e-3
     recovery_tokens: int = 5_000_000
     recovery_batch: int = 2**15
@@ -55,7 +55,7 @@ class Sizes:
 FULL = Sizes()
 TOY = Sizes(
     vocabulary=384, text_bytes=1_000_000, solved=99, block_length=64, validation_blocks=8, tasks=8, hidden=32, layers=4,
-    experts=4, top_k=2, intermediate=16, teacher_batch=256, teacher_seconds=4.0, recovery_tokens=1024,
+    experts=4, top_k=2, intermediate=16, teacher_batch=256, teacher_seconds=(4.0, 2.0), recovery_tokens=1024,
     recovery_batch=256, micro_batch=256, swept_rates=(1e-3, 3e-3), sweep_tokens=512, seeds=2,
 )  # fmt: skip
 

@@ -66,7 +66,9 @@ def sum_under_skew(memory, rounds, max_tokens, hidden, dtype, worst_delay):
             pending.append((all_reduce.start(parts[memory.rank].clone()), parts, residual if seed % 3 else None))
         for in_place, (started, parts, residual) in enumerate(pending):
             delay(memory, worst_delay)
+            own = started._rows
             total = started.finish(residual=residual, in_place=bool(in_place))
+            assert not total.numel() or (total.data_ptr() == own.data_ptr()) == bool(in_place)
             wrong += (total != definition(parts, residual)).any()
     memory.synchronize()
     assert int(wrong) == 0, f"rank {memory.rank}: {int(wrong)} sums differ"

@@ -81,9 +81,10 @@ def test_any_integers_and_any_floating_point_weights_will_do():
     assert torch.equal(ff.fused_experts(hidden_states, index.to(torch.uint8), weights, w13, w2), expected)
 
 
-@pytest.mark.parametrize("tokens", [1, TOKENS], ids=["unsorted", "sorted"])
+@pytest.mark.parametrize("tokens", [0, 1, TOKENS], ids=["none", "unsorted", "sorted"])
 def test_without_operators_the_bits_are_the_same(tokens):
     arguments = [tensor.detach() for tensor in random_call(tokens)]
+    arguments[1][:, 1] = -1
     result = torch.full_like(arguments[0], torch.nan)
     with torch.no_grad():
         local_experts.compute_experts(*arguments, result)

@@ -64,7 +64,7 @@ class _Layer:
         job, model = self.job, self.model
         seen, heads = job.replica_tokens, model.heads / job.tp
         output = self.machine.linear(seen, heads * model.value_head, model.hidden, backward=backward)
-        return self.scores(backward) + output + self.elementwise.core(backward) + self.tensor_parallel()
+        return self.scores(backward) + output + self.elementwise.core() + self.tensor_parallel()
 
     def scores(self, backward: bool) -> float:
         """The attention itself."""

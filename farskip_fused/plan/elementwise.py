@@ -33,9 +33,9 @@ class Elementwise(ABC):
     def projections(self, backward: bool) -> float:
         """The attention's norm, norms of latents or heads, rotary embedding."""
 
-    @abstractmethod
-    def core(self, backward: bool) -> float:
-        """The addition of the attention's output."""
+    def core(self) -> float:
+        """The addition of the attention's output; backward, of the gradients of the sum's two readers."""
+        return self.machine.memory(6 * self.of_tokens)
 
     @abstractmethod
     def gate(self, backward: bool) -> float:
@@ -58,10 +58,6 @@ class Fused(Elementwise):
         keys = self.job.replica_tokens * self.model.rope_head if self.model.latent_rank else self.keys
         norm = self.machine.memory(times * 4 * self.of_tokens, times)
         return norm + self.machine.memory(times * 4 * (self.queries + keys), times)
-
-    def core(self, backward: bool) -> float:
-        times = 2 if backward else 1
-        return self.machine.memory(times * 6 * self.of_tokens, times)
 
     def gate(self, backward: bool) -> float:
         times = 2 if backward else 1
@@ -116,10 +112,6 @@ class Separate(Elementwise):
         time = machine.strided(4 * half, 4) + machine.memory(4 * numbers)
         # Each half's gradients of its two products are added, and each sine is scaled anew.
         return time + (machine.memory(2 * 6 * half, 2) + machine.memory(0, 2) if backward else 0.0)
-
-    def core(self, backward: bool) -> float:
-        """Backward, the gradients of the sum's two readers are added."""
-        return self.machine.memory(6 * self.of_tokens)
 
     def gate(self, backward: bool) -> float:
         machine, norm = self.machine, self.machine.norm(self.of_tokens, backward=backward)

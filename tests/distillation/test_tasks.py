@@ -62,7 +62,7 @@ def test_a_completion_is_cut_where_the_function_ends():
     program = "def double(x):\n    return 2 * x\n\n\nassert double(2) == 4\n"
     assert task.program(written) == program
     assert task.program("\n" + written) == program
-    assert Task("f", "", "").program("\n# said first\nx = 1\n# said after") == "# said first\nx = 1\n\n\n"
+    assert Task("f", "", "").program("\n# said first\nx = 1\n# said after") == "\n# said first\nx = 1\n\n\n"
 
 
 def test_a_model_continues_a_prompt_whose_line_has_not_ended(tokenizer):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from farskip_fused.errors import UsageError
 from farskip_fused.plan import CLUSTERS, MODELS, PHASES, PRECISIONS, TRANSPORTS, Job, predict, recommendation
 from farskip_fused.plan.clusters import scaled
-from farskip_fused.plan.durations import exchange, forward_durations
+from farskip_fused.plan.durations import backward_durations, exchange, forward_durations
 from farskip_fused.plan.prediction import predict_once, window
 from farskip_fused.plan.splits import frontier, parse_swept, sweep
 
@@ -92,9 +92,10 @@ def test_a_row_for_each_rank_needs_no_more_link_time_than_one_for_each_expert(jo
 @settings(deadline=None, max_examples=40)
 @given(jobs(elementwise="fused"))
 def test_separate_elementwise_operations_make_no_action_faster(job):
-    separate = forward_durations(replace(job, elementwise="separate")).actions
-    for name, time_taken in forward_durations(job).actions.items():
-        assert separate[name] >= time_taken - TOLERANCE
+    for durations in (forward_durations, backward_durations):
+        separate = durations(replace(job, elementwise="separate")).actions
+        for name, time_taken in durations(job).actions.items():
+            assert separate[name] >= time_taken - TOLERANCE
 
 
 def test_a_transfer_that_waits_for_its_multiprocessors_hides_less():

@@ -116,17 +116,21 @@ def _left_padded(prompts: list[list[int]], padding: int) -> tuple[Tensor, Tensor
 
 
 class _Stop(StoppingCriteria):
-    """Ends a row at a stop of its task."""
+    """Ends a row at a stop of its task, of which the lines' ends that a row begins with are no part."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[Sequence[str]], start: int) -> None:
-        self._tokenizer, self._stops, self._start = tokenizer, stops, start
+        self._tokenizer, self._stops = tokenizer, stops
+        self._begins = [start] * len(stops)
         self._done = [False] * len(stops)
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
-        begin = max(self._start, input_ids.shape[1] - TAIL)
-        tails = self._tokenizer.batch_decode(input_ids[:, begin:])
-        if begin == self._start:  # the end of the prompt's last line is no part of a stop
-            tails = [tail.lstrip("\n") for tail in tails]
+        length = input_ids.shape[1]
+        starts = [max(begin, length - TAIL) for begin in self._begins]
+        tails = self._tokenizer.batch_decode([ids[start:] for ids, start in zip(input_ids, starts, strict=True)])
         for row, (tail, stops) in enumerate(zip(tails, self._stops, strict=True)):
+            if starts[row] == self._begins[row]:
+                tail = tail.lstrip("\n")
+                if not tail:
+                    self._begins[row] = length
             self._done[row] = self._done[row] or any(stop in tail for stop in stops)
         return torch.tensor(self._done, device=input_ids.device)

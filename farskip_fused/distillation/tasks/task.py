@@ -33,6 +33,7 @@ class Task:
     def program(self, completion: str) -> str:
         """The program to run for what the model wrote, which is cut at the first stop."""
         written = completion.lstrip("\n")
+        begun = f"{self.asked}\n" if completion.startswith("\n") else self.prompt
         ends = [at for stop in self.stops if (at := written.find(stop)) >= 0]
         written = written[: min(ends, default=len(written))]
-        return f"{self.prompt if self.kept else ''}{written}\n\n{self.check}\n"
+        return f"{begun if self.kept else ''}{written}\n\n{self.check}\n"

@@ -32,6 +32,7 @@ _library.define("all_reduce_finish(Tensor(a!) value, Tensor after, int channel) 
 
 _own: AllReduce | None = None
 _under_way: dict[int, Callable[[], Tensor]] = {}
+_left: set[int] = set()  # channels whose output was left under way before ``start``
 
 
 def set_up(vllm_config: VllmConfig) -> None:
@@ -61,6 +62,7 @@ def leave(wait: Callable[[], Tensor]) -> None:
     Between the two no other output of routed experts is under way.
     """
     _under_way[ROUTED] = wait
+    _left.add(ROUTED)
 
 
 def start(value: Tensor, before: Tensor, channel: int) -> None:
@@ -77,7 +79,8 @@ def finish(value: Tensor, after: Tensor, channel: int) -> None:
 
 
 def _start(value: Tensor, before: Tensor, channel: int) -> None:
-    if channel in _under_way:
+    if channel in _left:
+        _left.remove(channel)
         return
     if _own is None:
         _put(tensor_model_parallel_all_reduce(value), value)

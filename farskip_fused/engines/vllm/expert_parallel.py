@@ -20,7 +20,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 
 from farskip_fused.engines.vllm import all_reduce, ranks, settings
 from farskip_fused.errors import UsageError
-from farskip_fused.exchange_setup import WARM_UP_TOKENS, ExchangeOptions, set_up
+from farskip_fused.exchange_setup import WARM_UP_TOKENS, ExchangeOptions, check_tokens, set_up
 from farskip_fused.expert_parallel import Exchange, Pending
 from farskip_fused.kernels.machine import aligned
 from farskip_fused.symmetric import SymmetricMemory
@@ -71,6 +71,7 @@ class ExchangingMethod(UnquantizedFusedMoEMethod):
         The shared experts run while tokens travel.
         """
         exchange, places = self.experts
+        check_tokens(x.shape[0], exchange.slots.shape.max_tokens)
         if layer.apply_router_weight_on_input:  # one expert a token
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         if places is not None:
