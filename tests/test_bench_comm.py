@@ -17,6 +17,7 @@ from farskip_fused.launch import RankFailed, run_ranks
 CASE = Case(Shape(32, 16, 8, 2), 24, 2)
 
 
+@pytest.mark.full
 @pytest.mark.rung2
 def test_every_step_is_timed_on_every_rank_and_received_rows_are_counted():
     measured = run_ranks(measure, 2, [CASE], 3)
@@ -39,6 +40,7 @@ def expected_rows():
     return expected
 
 
+@pytest.mark.full
 @pytest.mark.rung2
 def test_another_all_to_all_moves_the_same_rows_there_and_back():
     others = run_ranks(all_to_all.measure, 2, all_to_all.NCCL, [CASE], 3, symmetric=False)

@@ -34,6 +34,7 @@ def routed():
     return rows, pairs
 
 
+@pytest.mark.full
 @pytest.mark.rung2
 def test_every_part_is_timed_every_way_and_fused_results_are_the_unfused_ones(tmp_path):
     rate = 1000
