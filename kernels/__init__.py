@@ -17,7 +17,7 @@ combine.py                  expert outputs at the token's rank: the weighted sum
 """
 
 if __name__ == "kernels":
-    # Started in the repository's root, Python finds this folder under the name of an unrelated package on PyPI that
+    # Started in the repository's root, Python finds this folder under the name of an unrelated package that
     # transformers probes for. Hand over to that package if it is installed; otherwise transformers sees a package
     # without a version and calls it absent. Raising here would break ``import transformers``.
     import sys

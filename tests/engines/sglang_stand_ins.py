@@ -1,7 +1,7 @@
 """What SGLang imports and its environment for tests lacks; imported before SGLang in each of its processes.
 
-Its kernels for CPUs are not on PyPI, torchvision there is built for GPUs, and its attention in torch does not know the
-two forms of latent attention.
+No wheel of its kernels for CPUs is published, torchvision there is built for GPUs, and its attention in torch does not
+know the two forms of latent attention.
 """
 
 from __future__ import annotations

@@ -140,15 +140,15 @@ def wire(decoder: nn.Module, vllm_config: VllmConfig) -> None:
         all_reduce.set_up(vllm_config)
     # A draft model that taps the streams between layers reads hidden_states + residual there.
     leaves_under_way = vllm_config.speculative_config is None
+    behaviour: Any = ParallelFarSkipLayer if over_ranks else FarSkipLayer
     for layer, name, wiring in zip(layers, names, wirings, strict=True):
         if wiring.is_stock:
             continue
         block = cast(Any, getattr(layer, name))
-        behaviour: Any = ParallelFarSkipLayer if over_ranks else FarSkipLayer
         if wiring.splits:
             check_splits(block)
             if leaves_under_way and leave_under_way(block.experts):
-                behaviour = ExchangingFarSkipLayer
+                behaviour = ExchangingFarSkipLayer  # and of the layers after it, which await what it leaves
         layer.__class__ = _subclass(behaviour, cast(Any, type(layer)))
         rewired = cast(Any, layer)
         rewired.wiring, rewired.mlp_name = wiring, name
