@@ -117,7 +117,7 @@ if HAS_GLUON:
         """Descriptor of a contiguous tensor as a matrix of its last dimension."""
         columns = tensor.shape[-1]
         shape = [tensor.numel() // columns, columns]
-        return _descriptor(tensor, shape, [columns, 1], [block_rows, block_columns], OPERAND.value)
+        return TensorDescriptor(tensor, shape, [columns, 1], [block_rows, block_columns], OPERAND.value)
 
     def clipped(rows: Tensor, block_columns: int = CHUNK) -> TensorDescriptor:
         """Descriptor of ``new_rows`` whose 64-row boxes end at any row: load zeros, store nothing beyond.
@@ -128,18 +128,9 @@ if HAS_GLUON:
         """
         count, columns = rows.shape
         base = rows.as_strided((HALF + count, columns), (columns, 1), rows.storage_offset() - HALF * columns)
-        return _descriptor(
+        return TensorDescriptor(
             base, [count + 1, HALF, columns], [columns, columns, 1], [1, HALF, block_columns], STAGED.value
         )
-
-    def _descriptor(
-        base: Tensor, shape: list[int], strides: list[int], block_shape: list[int], layout: gl.NVMMASharedLayout
-    ) -> TensorDescriptor:
-        """TensorDescriptor without its checks, of what is right by construction: they take the host 6 us each."""
-        descriptor = object.__new__(TensorDescriptor)
-        descriptor.base, descriptor.shape, descriptor.strides = base, shape, strides
-        descriptor.block_shape, descriptor.layout, descriptor.padding = block_shape, layout, "zero"
-        return descriptor
 
     @gluon.jit
     def place(tiles, tile, COLUMN_TILES: gl.constexpr):
