@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launchable import Kernel
 from .machine import INTERPRETED, ceil_div, nanoseconds, padded
 from .protocol import (
     CODE_TIMEOUT,
@@ -177,6 +178,7 @@ def _sum_sources(
     return total
 
 
+@Kernel
 @triton.jit(do_not_specialize=["tokens", "source_units"])
 def _start_reduce(
     context, ticket, values, tokens, source_units,
@@ -255,6 +257,7 @@ def _start_reduce(
         tl.store(ticket + TICKET_FINISHED, tl.full((), 0, tl.int64))
 
 
+@Kernel
 @triton.jit(do_not_specialize=["tokens", "source_units"])
 def _finish_reduce(
     context, ticket, values, residual, result, tokens, source_units,

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import put
+from .launchable import Kernel
 from .machine import INTERPRETED, ceil_div, padded
 from .protocol import (
     COMBINE_ARRIVAL,
@@ -71,6 +72,7 @@ def _count_ranks(ids, below, NUM_LOCAL_EXPERTS: tl.constexpr):
     return tl.sum((first & (rank < below)).to(tl.int32), axis=1)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["rows"])
 def _find_turns(
     context, ticket, experts, turns, rows,
@@ -88,6 +90,7 @@ def _find_turns(
     tl.store(turns + row, tl.where(here, turn, -1), mask=row < rows)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["rows", "rows_in_turn"])
 def _push_sums(
     context, ticket, values, places, weights, turns, rows, rows_in_turn,
@@ -167,6 +170,7 @@ def _push_sums(
                     pace(context, sent * NBYTES)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["tokens"])
 def _sum(
     context, ticket, experts, weights, shared, residual, norm_weight, norm_epsilon, result, normed, tokens,
@@ -219,6 +223,7 @@ def _sum(
         tl.store(normed + at, value.to(element), mask=mask)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["entries"])
 def _push_scalars(
     context, ticket, parts, places, entries,
@@ -241,6 +246,7 @@ def _push_scalars(
         tl.store(address.to(tl.pointer_type(tl.float32)), value, mask=place >= 0)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["entries"])
 def _take_scalars(context, ticket, experts, result, entries, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import put
+from .launchable import Kernel
 from .layout import (
     LARGEST_CHUNK,
     Layout,
@@ -97,6 +98,7 @@ class Received(NamedTuple):
     weights: Tensor
 
 
+@Kernel
 @triton.jit(do_not_specialize=["entries"])
 def _push_routing(
     context, ticket, experts, weights, keys, entries,
@@ -137,6 +139,7 @@ def _push_routing(
             raise_flag(context, ticket, peer, ROUTING_ARRIVAL, 0)
 
 
+@Kernel
 @triton.jit
 def _push_rows(
     context, ticket, rows, experts, order, entries,
@@ -242,6 +245,7 @@ def _landing(context, peer, rank):
     return tl.where(tl.load(context + PEERS + peer) == 0, rank, peer)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["entries", "block_entries"])
 def _take_routing(
     context, ticket, experts, weights, block_counts, entries, block_entries,
@@ -274,6 +278,7 @@ def _take_routing(
     tl.store(block_counts + block * NUM_EXPERTS + expert, counts, mask=expert < NUM_EXPERTS)
 
 
+@Kernel
 @triton.jit
 def _keep_rows(
     context, ticket, experts, kept,
@@ -303,6 +308,7 @@ def _keep_rows(
             tl.store(kept + row[:, None] * HIDDEN + column[None, :], values, mask=mask)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["rows"])
 def _poison(context, wide, narrow, rows, INTERMEDIATE: tl.constexpr, BLOCK: tl.constexpr):
     if not is_alive(context):

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import hopper, hopper_forward
+from .launchable import Kernel
 from .layout import Layout
 from .machine import ceil_div
 from .protocol import TICKET_FIRST_ROW, SlotRows
@@ -38,6 +39,7 @@ def multiply_rows(
     return total
 
 
+@Kernel
 @triton.jit
 def _up_swiglu(
     rows, ticket, order, tiles, tile_count, w13, gate_up, activated,
@@ -86,6 +88,7 @@ def _up_swiglu(
         tl.store(activated + at[:, None] * INTERMEDIATE + column[None, :], value.to(element), mask=mask)
 
 
+@Kernel
 @triton.jit
 def _project(
     inputs, tiles, tile_count, weight, result,

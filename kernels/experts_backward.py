@@ -15,12 +15,14 @@ from torch import Tensor
 
 from . import hopper, hopper_down_gradient, hopper_weight_gradient
 from .experts import multiply_rows
+from .launchable import Kernel
 from .layout import Layout
 from .machine import INTERPRETED, ceil_div
 from .protocol import TICKET_FIRST_ROW, SlotRows
 from .tiles import Tile, choose_tile, locate_tile, precision
 
 
+@Kernel
 @triton.jit
 def _down_gradient_swiglu(
     output_gradient, ticket, weights, order, tiles, tile_count, w2, gate_up,
@@ -62,6 +64,7 @@ def _down_gradient_swiglu(
         tl.store(gate_up_gradient + saved + INTERMEDIATE, (gradient * gate * sigmoid).to(element), mask=mask)
 
 
+@Kernel
 @triton.jit
 def _weight_gradient(
     left, right, ticket, order, offsets, result,

@@ -8,12 +8,14 @@ from torch import Tensor
 
 from . import hopper, hopper_to_owner
 from .experts import multiply_rows
+from .launchable import Kernel
 from .layout import Layout
 from .machine import ceil_div
 from .protocol import COMBINE_ROWS, MAX_TOKENS, RANK, Round, is_alive, pace, row_pointers, slot_of
 from .tiles import choose_tile, locate_tile, precision
 
 
+@Kernel
 @triton.jit
 def _project_to_owner(
     context, ticket, inputs, order, tiles, tile_count, weight,

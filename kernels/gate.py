@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launchable import Kernel
 from .machine import INTERPRETED, ceil_div, padded
 
 SMALLEST_TILE = 16  # of a dot
@@ -75,6 +76,7 @@ def gate_tile(
     return total
 
 
+@Kernel
 @triton.jit(do_not_specialize=["tokens"])
 def _gate(
     hidden_states, weight, partials, tokens,

@@ -13,11 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launchable import Kernel
 from .layout import OUT_OF_RANGE
 from .machine import INTERPRETED, ceil_div, padded
 from .protocol import TICKET_FIRST_ROW, SlotRows, is_alive
 
 
+@Kernel
 @triton.jit(do_not_specialize=["tokens"])
 def _sum_entries(
     values, places, weights, result, tokens,
@@ -46,6 +48,7 @@ def _sum_entries(
     tl.store(result + token[:, None] * HIDDEN + column[None, :], total.to(result.dtype.element_ty), mask=mask)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["entries"])
 def _sum_parts(
     parts, places, result, entries, PARTS: tl.constexpr, PARTS_PADDED: tl.constexpr, BLOCK: tl.constexpr
@@ -59,6 +62,7 @@ def _sum_parts(
     tl.store(result + entry, total, mask=entry < entries)
 
 
+@Kernel
 @triton.jit
 def _gather_rows(
     rows, ticket, order, entries, result,
@@ -74,6 +78,7 @@ def _gather_rows(
         tl.store(result + place * HIDDEN + column, tl.load(rows + row * HIDDEN + column, mask=mask), mask=mask)
 
 
+@Kernel
 @triton.jit
 def _gather_weighted_rows(
     context, ticket, rows, order, entries, weights, values, result, products,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .gather_sum import gather_rows
 from .hopper import HAS_GLUON, SORTED_COPY_FROM, TILE_COLUMNS, TILE_ROWS, multiprocessors, new_rows, slot_arguments
+from .launchable import Kernel
 from .layout import Layout
 from .machine import ceil_div
 from .protocol import SlotRows
@@ -119,6 +120,7 @@ if HAS_GLUON:
                         gl.store(target + i * COLUMN_TILES, inner, mask=row + i < end)
                         inner = gl.zeros([_PIECE], gl.float32, ROWS)
 
+    @Kernel
     @gluon.jit
     def down_gradient_kernel(
         context, ticket, output_gradient, output_gradient_desc, weights, order, tiles, tile_count, w2_desc,

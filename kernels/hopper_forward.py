@@ -14,6 +14,7 @@ from .hopper import (
     new_rows,
     slot_arguments,
 )
+from .launchable import Kernel
 from .layout import Layout
 from .protocol import SlotRows
 from .tiles import Choice
@@ -112,6 +113,7 @@ if HAS_GLUON:
                     mask = (row + i < end)[:, None] & (column + j < INTERMEDIATE)[None, :]
                     gl.store(corner + i[:, None] * INTERMEDIATE + j[None, :], value.to(buffers.dtype), mask=mask)
 
+    @Kernel
     @gluon.jit
     def up_swiglu_kernel(
         context, ticket, rows, rows_desc, order, tiles, tile_count, w13_desc, gate_up_desc, activated,
@@ -170,6 +172,7 @@ if HAS_GLUON:
                     store_box(result_desc, [row + valid, _HALF - valid, column], buffer)
         tma.store_wait(0)
 
+    @Kernel
     @gluon.jit
     def project_kernel(
         inputs_desc, tiles, tile_count, weight_desc, result_desc,

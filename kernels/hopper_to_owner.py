@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import protocol
 from .hopper import DEPTH, HAS_GLUON, TILE_COLUMNS, TILE_ROWS
+from .launchable import Kernel
 from .layout import Layout
 from .protocol import Round
 
@@ -102,6 +103,7 @@ if HAS_GLUON:
                         width = gl.minimum(HIDDEN - column_tile * _TILE_COLUMNS, _TILE_COLUMNS)
                         _pace(context, sent * width * 2)
 
+    @Kernel
     @gluon.jit
     def project_to_owner_kernel(
         context, ticket, inputs_desc, order, tiles, tile_count, weight_desc,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .hopper import HAS_GLUON, TILE_COLUMNS, multiprocessors
+from .launchable import Kernel
 from .layout import Layout
 from .protocol import SlotRows
 
@@ -162,6 +163,7 @@ if HAS_GLUON:
                         store_box(result_desc, corner, buffers.index(4 * WARPGROUP + part))
         tma.store_wait(0)
 
+    @Kernel
     @gluon.jit
     def weight_gradient_kernel(
         ticket, left, right_desc, order, offsets, result_desc, result,

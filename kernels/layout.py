@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launchable import Kernel
 from .machine import ceil_div, padded
 from .protocol import CODE_TOO_MANY_ENTRIES, fail
 
@@ -120,6 +121,7 @@ def place_entries(
         starts += counts
 
 
+@Kernel
 @triton.jit(do_not_specialize=["entries", "block_entries"])
 def _count(
     experts, block_counts, entries, block_entries,
@@ -133,6 +135,7 @@ def _count(
     tl.store(block_counts + block * NUM_EXPERTS + expert, counts, mask=expert < NUM_EXPERTS)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["entries", "block_entries", "capacity"])
 def _sort(
     context, experts, block_counts, order, places, offsets, tiles, tile_count, entries, block_entries, capacity,

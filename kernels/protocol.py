@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launchable import Kernel
 from .machine import nanoseconds
 
 # Words of the context, int64, in device memory.
@@ -193,6 +194,7 @@ def pace(context, nbytes):
         now = nanoseconds()
 
 
+@Kernel
 @triton.jit
 def _open_round(context, ticket):
     epoch = tl.load(context + EPOCH) + 1
@@ -213,6 +215,7 @@ def flag_index(context, ticket, FLAGS: tl.constexpr, PLANE: tl.constexpr):
     return slot * tl.load(context + WORLD)
 
 
+@Kernel
 @triton.jit
 def _wait(context, ticket, FLAGS: tl.constexpr, IS_CREDIT: tl.constexpr, PLANE: tl.constexpr):
     peer = tl.program_id(0).to(tl.int64)
@@ -242,6 +245,7 @@ def raise_flag(context, ticket, peer, FLAGS: tl.constexpr, PLANE: tl.constexpr):
     tl.atomic_xchg(region(context, peer, FLAGS, tl.int64) + index, tl.load(ticket), sem="release", scope="sys")
 
 
+@Kernel
 @triton.jit
 def _announce(context, ticket, FLAGS: tl.constexpr, PLANE: tl.constexpr):
     peer = tl.program_id(0)

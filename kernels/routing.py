@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gate import gate_tile, split_logits, whole_tile
+from .launchable import Kernel
 from .layout import (
     MAXIMUM_BLOCKS,
     SINGLE_PROGRAM_ENTRIES,
@@ -125,6 +126,7 @@ def _choose(
     tl.store(weights + at, weight * scaling, mask=position_valid)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["tokens", "program_tokens"])
 def _route(
     hidden_states, gate_weight, partials, logits, bias, experts, weights, block_counts,
@@ -170,6 +172,7 @@ def _route(
             place_entries(experts, order, places, starts, first, end, end, NUM_EXPERTS, EXPERTS_PADDED, CHUNK)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["tokens"])
 def _route_backward(
     logits, experts, weights_gradient, logits_gradient, tokens,

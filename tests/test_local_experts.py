@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from triton.runtime.jit import KernelInterface
 
 import farskip_fused as ff
 from farskip_fused import local_experts, reference
+from farskip_fused.kernels.launchable import Kernel
 from farskip_fused.local_experts import LocalPending, sort_entries
 from tests.numerics import DEVICE, assert_close
 
@@ -103,9 +103,9 @@ def test_unaligned_and_strided_activations_are_ordinary():
 def launches(monkeypatch):
     """Names of the kernels that were launched."""
     names = []
-    launch = KernelInterface.__getitem__
+    launch = Kernel.__getitem__
     monkeypatch.setattr(
-        KernelInterface, "__getitem__", lambda kernel, grid: names.append(kernel.fn.__name__) or launch(kernel, grid)
+        Kernel, "__getitem__", lambda kernel, grid: names.append(kernel.function.fn.__name__) or launch(kernel, grid)
     )
     return names
 

@@ -1,0 +1,71 @@
+"""Launches find the compiled form that Triton would take."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from farskip_fused.kernels import launchable
+
+
+class Compiles:
+    """In place of a kernel of Triton's: ``compile``s at each launch, and notes what its compiled forms are given."""
+
+    def __init__(self):
+        self.compiled, self.launched = [], []
+        names = ("values", "count", "SIZE", "KEEP")
+        self.params = [SimpleNamespace(name=name, default=False) for name in names]
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **constants):
+            self.compiled.append((arguments, constants))
+            form = len(self.compiled)
+
+            class Compiled:
+                def __getitem__(_, grid):
+                    return lambda *values: self.launched.append((form, grid, values))
+
+            return Compiled()
+
+        return launch
+
+
+@pytest.fixture
+def function(monkeypatch):
+    monkeypatch.setattr(launchable, "INTERPRETED", False)
+    active = SimpleNamespace(get_current_device=lambda: 0)
+    monkeypatch.setattr(launchable, "driver", SimpleNamespace(active=active))
+    return Compiles()
+
+
+def test_a_form_is_compiled_once_and_launched_with_all_arguments_in_order(function):
+    kernel = launchable.Kernel(function)
+    values = torch.empty(16)
+    kernel[(3,)](values, 32, SIZE=8, num_warps=4)
+    kernel[(5, 2)](values, 48, SIZE=8, num_warps=4)
+    assert len(function.compiled) == 1
+    assert function.launched == [(1, (5, 2, 1), (values, 48, 8, False))]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"values": torch.empty(16, dtype=torch.bfloat16)},
+        {"values": torch.empty(17)[1:]},
+        {"values": None},
+        {"count": 1},
+        {"count": 33},
+        {"count": 2**31},
+        {"SIZE": 16},
+        {"KEEP": True},
+        {"num_warps": 8},
+    ],
+    ids=str,
+)
+def test_what_triton_specialises_for_is_another_form(function, other):
+    kernel = launchable.Kernel(function)
+    for changed in ({}, other, {}, other):
+        call = {"values": torch.empty(16), "count": 32, "SIZE": 8, "KEEP": False, "num_warps": 4} | changed
+        kernel[(1,)](call.pop("values"), call.pop("count"), **call)
+    assert len(function.compiled) == 2
+    assert [form for form, *_ in function.launched] == [1, 2]
