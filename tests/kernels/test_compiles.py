@@ -63,14 +63,14 @@ def test_kernels_use_tensor_cores_and_fit_without_spills(version, dtypes, tmp_pa
     assert {row["kernel"] for row in report["variants"]} == expected
     for row in report["variants"]:
         name, kernel = row["name"], row["kernel"]
-        assert row["STL"] == row["LDL"] == 0, f"{name} spills: {row}"
+        assert row["spilled"] == 0, f"{name} spills: {row}"
         assert row["shared"] <= SHARED_MEMORY_LIMIT, name
-        assert (kernel in HOPPER_GEMMS) == (row["UTMALDG"] > 0), name
+        assert (kernel in HOPPER_GEMMS) == (row["descriptor"] > 0), name
         if kernel in PLAIN_GEMMS | HOPPER_GEMMS:
             # A warpgroup's product has at least 64 rows; those of a weight's gradient are its own.
             small = kernel != "_weight_gradient" and any(f"rows={rows} " in name for rows in (1, 16, 32))
-            assert row["HMMA" if small else "HGMMA"] > 0, name
+            assert row["warp" if small else "warpgroup"] > 0, name
         elif kernel == "_gate" or (kernel == "_route" and "T=1024" in name):
-            assert row["HMMA"] > 0, name
+            assert row["warp"] > 0, name
         elif kernel == "_route" and not any(f"T={tokens}:" in name for tokens in (1, 64)):
-            assert row["HGMMA"] > 0, name
+            assert row["warpgroup"] > 0, name
