@@ -8,6 +8,7 @@ import torch
 import farskip_fused as ff
 from farskip_fused.kernels import protocol
 from farskip_fused.launch import run_ranks
+from tests.capture import capture
 from tests.numerics import DEVICE
 from tests.rungs import CPU_IN_FULL, GPU_RUNGS, RUNGS
 from tests.symmetric.rank_programs import delay, vanish
@@ -107,14 +108,7 @@ def replay(memory, replays, tokens, hidden, one_shot_bytes):
         pending = [all_reduce.start(first), all_reduce.start(second)]
         return pending[1].finish(residual=pending[0].finish(residual=residual))
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-    memory.synchronize()
-    memory.barrier()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = call()
+    graph, found = capture(memory, call)
     wrong = torch.zeros((), dtype=torch.int64, device=memory.device)
     for seed in range(replays):
         parts = [addends(memory, tokens, hidden, dtype, 2 * seed + each) for each in range(2)]

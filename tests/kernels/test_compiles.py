@@ -11,7 +11,7 @@ import pytest
 from tests.kernels.compile_offline import SHARED_MEMORY_LIMIT
 
 ROOT = Path(__file__).resolve().parents[2]
-# Where `make setup` puts the oldest Triton that the package supports, and the oldest with Gluon as the kernels use it.
+# Where `make test-full` puts the oldest Triton of all and the oldest with Gluon as the kernels use it.
 OLDER = {name: ROOT / ".venv" / f"triton-{name}" for name in ("3.5", "3.6")}
 PLAIN_GEMMS = {"_up_swiglu", "_project", "_down_gradient_swiglu", "_weight_gradient", "_project_to_owner"}
 HOPPER_GEMMS = {"up_swiglu_kernel", "project_kernel", "down_gradient_kernel", "weight_gradient_kernel"}
@@ -46,7 +46,7 @@ def test_kernels_use_tensor_cores_and_fit_without_spills(version, dtypes, tmp_pa
     path = [str(ROOT)]
     if version != "installed":
         if not (OLDER[version] / "triton").is_dir():
-            pytest.skip(f"needs Triton {version} in {OLDER[version].relative_to(ROOT)}: make setup")
+            pytest.skip(f"needs Triton {version} in {OLDER[version].relative_to(ROOT)}: make test-full")
         path.insert(0, str(OLDER[version]))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
