@@ -22,6 +22,7 @@ from farskip_fused.bench.attention import GroupedSizes, LatentSizes
 from farskip_fused.bench.layer_ranks import DIRECTIONS, SHORT, Case, LayerShape, Measured, measure
 from farskip_fused.bench.layer_ways import OVERLAPPED
 from farskip_fused.bench.nccl_ways import NCCL_WAYS
+from farskip_fused.bench.report import environment, open_console
 from farskip_fused.bench.shapes import SHAPES as EXPERTS
 from farskip_fused.bench.timing import summarise
 from farskip_fused.errors import UsageError
@@ -106,8 +107,6 @@ def run(
         for wanted in sms:
             if wanted is not None and wanted >= available:
                 raise UsageError(f"--sms {wanted}: {world} ranks have {available} each; leave computation some.")
-    from farskip_fused.bench.report import environment
-
     gpus, console = torch.cuda.device_count(), Console(stderr=True)
     report: dict[str, Any] = {"environment": environment(), "failed": {}, "rows": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -211,11 +210,8 @@ def max_of(values: Sequence[float]) -> float:
 
 
 def render(report: dict[str, Any]) -> None:
-    console = Console()
-    console.print(" ".join(f"{key} {value}" for key, value in report["environment"].items()), highlight=False)
-    for name, reason in report["failed"].items():
-        console.print(f"{name} failed: {reason}", highlight=False, markup=False)
-    console.print("ms of a layer. FarSkip by whole collectives on a stream / fused:", highlight=False)
+    console = open_console(report)
+    console.print("ms of a layer. FarSkip by whole collectives on a stream / fused:")
     table = Table(
         "shape", "ranks", "T", "link GB/s", "SMs", "pass", "blocking", "computation", "on all SMs", "collectives",
         "window", "streams", "fused", "overlap", "of all", "blocking / it", "it / longer", "NCCL blocking, streams",
@@ -249,7 +245,7 @@ def render(report: dict[str, Any]) -> None:
                     console.print(
                         f"{row['shape']}, {row['ranks']} ranks, link {row['link']}, T {row['tokens']}, {way}, {what}: "
                         f"results or gradients differ by {difference:.3g} from those of the plain definition, so these "
-                        "times are of no use.", highlight=False,
+                        "times are of no use.",
                     )  # fmt: skip
 
 

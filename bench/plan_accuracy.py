@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from farskip_fused.bench.report import replace_between
 from farskip_fused.plan import MODELS, Job, Model
 from farskip_fused.plan.clusters import find_cluster, scaled
 from farskip_fused.plan.prediction import Prediction, corners, orders, predict, predict_once, timelines
@@ -216,13 +217,6 @@ def layer_table() -> str:
             *speedups,
         ]
     )
-
-
-def replace_between(text: str, marks: tuple[str, str], content: str) -> str:
-    """``text`` with what stands between two marks replaced."""
-    before, _, rest = text.partition(marks[0])
-    _, _, after = rest.partition(marks[1])
-    return f"{before}{marks[0]}\n{content}\n{marks[1]}{after}"
 
 
 def main() -> None:

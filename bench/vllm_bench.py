@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from farskip_fused.bench.report import environment
+from farskip_fused.bench.report import environment, open_console
 from farskip_fused.bench.timing import Timing, summarise
 from farskip_fused.connectivity import Connectivity
 from farskip_fused.errors import UsageError
@@ -162,12 +162,10 @@ def _elapsed(engine: Any, prompts: list[dict[str, Any]], new_tokens: int) -> flo
 
 def render(report: dict[str, Any]) -> None:
     """Print the table of a report; what is slower than stock by more than 2 % is marked."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    console.print(" ".join(f"{key} {value}" for key, value in report["environment"].items()), highlight=False)
-    console.print(f"{report['ranks']} GPUs, {report['layers']} layers", highlight=False)
+    console = open_console(report)
+    console.print(f"{report['ranks']} GPUs, {report['layers']} layers")
     table = Table("model", "batch", "prompt", "phase", "variant", "ms", "± ms", "tokens/s", "of stock")
     for cell in report["points"]:
         tokens = cell["batch"] * (cell["new_tokens"] or cell["prompt"])
