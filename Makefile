@@ -4,6 +4,8 @@
 # make test-vllm   set up an environment of its own with vLLM for CPUs, then the tests of the vLLM plugin
 # make test-sglang   the same with SGLang's engine for CPUs, and the tests of its external model package
 # make soak    one slice of a long run of dispatch and combine between ranks; again, to go on
+# make bench   set-up, then every benchmark of README's tables that this machine's GPUs allow, and the tables written
+#              anew; PARTS="experts layer" for some of them, PARTS=--help for their names
 # make demo    set-up, then the whole path on a small model: train, convert, recover, reload, split over processes
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +17,7 @@ SGLANG := .venv-sglang
 SGLANG_STAMP := $(SGLANG)/.installed
 OLDER_TRITON := 3.5 3.6 # kernels are compiled with them too, tests/kernels/test_compiles.py
 
-.PHONY: setup test test-full test-vllm test-sglang soak lint demo wheel clean
+.PHONY: setup test test-full test-vllm test-sglang soak lint bench demo wheel clean
 
 setup: $(STAMP)
 
@@ -68,6 +70,9 @@ lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m farskip_fused.bench.suite $(PARTS)
 
 demo: setup
 	$(BIN)/farskip demo --output demo --overwrite

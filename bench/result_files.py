@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-FOLDER = Path(__file__).parent / "results"
+FOLDER = Path(__file__).resolve().parent / "results"
 COUNTS = ("", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
