@@ -6,6 +6,7 @@
 # make soak    one slice of a long run of dispatch and combine between ranks; again, to go on
 # make bench   set-up, then every benchmark of README's tables that this machine's GPUs allow, and the tables written
 #              anew; PARTS="experts layer" for some of them, PARTS=--help for their names
+# make dist    set-up, then source distribution and wheel in dist/
 # make demo    set-up, then the whole path on a small model: train, convert, recover, reload, split over processes
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +18,7 @@ SGLANG := .venv-sglang
 SGLANG_STAMP := $(SGLANG)/.installed
 OLDER_TRITON := 3.5 3.6 # kernels are compiled with them too, tests/kernels/test_compiles.py
 
-.PHONY: setup test test-full test-vllm test-sglang soak lint bench demo wheel clean
+.PHONY: setup test test-full test-vllm test-sglang soak lint bench demo dist clean
 
 setup: $(STAMP)
 
@@ -77,10 +78,11 @@ bench: setup
 demo: setup
 	$(BIN)/farskip demo --output demo --overwrite
 
-# build/ is emptied first: setuptools would pack modules that have been removed since.
-wheel: setup
-	rm -rf build
-	$(BIN)/python -m pip wheel --no-deps --disable-pip-version-check -w dist .
+# The wheel is made from the source distribution, so that it holds nothing that a checkout has besides.
+dist: setup
+	rm -rf dist
+	$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")'
+	$(BIN)/python -m pip wheel --no-deps --disable-pip-version-check -w dist dist/*.tar.gz
 
 clean:
 	rm -rf $(VENV) $(VLLM) $(SGLANG) build dist demo *.egg-info farskip_fused/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
