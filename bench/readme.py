@@ -28,6 +28,11 @@ LAYERS = {
 }  # fmt: skip
 STEPS = {"dispatch": "dispatch", "combine of sums": "combine"}
 VARIANTS = {"stock": "stock", "kernels": "stock on our kernels", "farskip": "FarSkip wiring"}
+OVERLAPPED = ("paper", "fused")
+WAYS = {
+    "blocking": "blocking", "paper": "by streams", "fused": "fused", "nccl_blocking": "NCCL, blocking",
+    "nccl_streams": "NCCL, by streams",
+}  # fmt: skip
 PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
 RETURNED = {"direct": "a row an expert", "presummed": "a sum a rank"}
 BOLD = "Bold: fastest by more than both spreads."
@@ -194,26 +199,27 @@ def _layers_of(results: Sequence[Result]) -> str:
             found[key] = (row, result.path)
     rows = sorted((row for row, _ in found.values()), key=_order)
     several = len(_unique(row["tokens"] for row in rows)) > 1
-    ways = ("blocking", "paper", "fused")
-    lines = []
+    ways = [way for way in WAYS if any(f"{way}_ms" in row for row in rows)]
+    cells, lines = [], []
     for row in rows:
-        fastest = _fastest({way: _cell(row, way) for way in ways})
-        texts = [_bold(f"{row[f'{way}_ms']:.3f}", way == fastest) for way in ways]
-        shares = " / ".join(_share(row[f"{way}_overlap"]) for way in ways[1:])
-        gains = " / ".join(f"{row[f'{way}_speedup']:.2f}" for way in ways[1:])
+        timed = {way: _cell(row, way) for way in ways if f"{way}_ms" in row}
+        cells += [_cell(row, "computation"), *timed.values()]
+        fastest = _fastest(timed)
+        texts = [_bold(f"{timed[way]['ms']:.3f}", way == fastest) if way in timed else "" for way in ways]
+        shares = " / ".join(_share(row[f"{way}_overlap"]) for way in OVERLAPPED)
+        gains = " / ".join(f"{row[f'{way}_speedup']:.2f}" for way in OVERLAPPED)
         title = _title(row["shape"]) + (f", T {row['tokens']}" if several else "")
         returned = "a sum a rank" if row["link"].startswith("ib") else RETURNED[row.get("fused_combine", "direct")]
         computation = f"{row['computation_ms']:.3f}"
         lines.append([title, _link(row), PASSES[row["direction"]], computation, *texts, returned, shares, gains])
     links = _unique(row["link"] for row in rows)
-    cells = [_cell(row, way) for row in rows for way in ("computation", *ways)]
     caption = (
         f"{_on(results)}: `{_command('layer', rows, ranks=[results[0].gpus], link=links)}`, {_tokens(rows)}, bf16;"
         f" {_shares(rows)} for communication. ms a layer, slowest rank; spreads are at most {_largest_spread(cells)}."
         f" {BOLD} Times of one model and link are of one run."
     )
     header = (
-        "model", "link", "pass", "computation alone", "blocking", "by streams", "fused", "fused returns",
+        "model", "link", "pass", "computation alone", *(WAYS[way] for way in ways), "fused returns",
         "hidden, streams / fused", "speed-up, streams / fused",
     )  # fmt: skip
     return _with_caption(caption, header, lines, keys=2)
@@ -222,7 +228,8 @@ def _layers_of(results: Sequence[Result]) -> str:
 def vllm(folder: Path) -> str:
     """Prefill and decode in vLLM."""
     parts = []
-    for result in find("vllm-.*", several=False, folder=folder):
+    results = [result for several in (False, True) for result in find("vllm-.*", several=several, folder=folder)]
+    for result in results:
         points = result.report["points"]
         lines = []
         for point in points:
@@ -233,9 +240,10 @@ def vllm(folder: Path) -> str:
             phase = f"{point['new_tokens']} decode steps" if point["new_tokens"] else "prefill"
             lines.append([_title(point["model"]), f"{point['batch']} x {point['prompt']}", phase, *texts])
         models = " ".join(_unique(point["model"] for point in points))
+        split = f" --ranks {result.gpus}" if result.gpus > 1 else ""
         caption = (
-            f"{_on([result])}: `farskip bench vllm {models}`, CUDA graphs on, {result.report['layers']} layers, dummy"
-            f" weights, one run. ms ± spread. {BOLD}"
+            f"{_on([result])}: `farskip bench vllm {models}{split}`, CUDA graphs on, {result.report['layers']} layers,"
+            f" dummy weights, one run. ms ± spread. {BOLD}"
         )
         parts.append(_with_caption(caption, ("model", "prompts", "phase", *VARIANTS.values()), lines))
     return _joined(parts)

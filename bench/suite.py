@@ -71,8 +71,11 @@ def parts(gpus: int) -> list[Part]:
         for short, name in MODELS.items():
             layer = (*CLI, "layer", name, *ranks)
             stores, puts = ("--link", "none", "--link", "50"), ("--link", "ib400")
-            found.append(Part("layer", world, f"layer-{short}", (*layer, *stores), 8, ("nvshmem",)))
-            found.append(Part("layer", world, f"layer-{short}-ib400", (*layer, *puts), 8, ("nvshmem",)))
+            found += [
+                Part("layer", world, f"layer-{short}", (*layer, *stores), 8, ("nvshmem",)),
+                Part("layer", world, f"layer-{short}-ib400", (*layer, *puts), 8, ("nvshmem",)),
+                Part("vllm", world, f"vllm-{short}", (*CLI, "vllm", name, *ranks), 15, ("vllm", "nvshmem")),
+            ]
     recovery = ("-m", "farskip_fused.bench.recovery", "--seconds", "3600", "--write", "docs")
     found.append(Part("recovery", 1, "recovery", recovery, 80, ("transformers",)))
     return [part for part in found if part.gpus <= gpus]

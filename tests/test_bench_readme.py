@@ -38,13 +38,15 @@ def test_the_readme_is_what_the_command_writes():
 def test_layers_of_other_numbers_of_gpus_are_a_table_of_their_own(folder):
     def on_four(report):
         report["environment"]["date"] = "2027-01-31"
-        report["rows"] = [row | {"ranks": 4, "fused_ms": 0.125, "link": "ib400"} for row in report["rows"][2:]]
+        others = {"nccl_blocking_ms": 3.0, "nccl_blocking_spread_ms": 0.1}
+        report["rows"] = [row | {"ranks": 4, "fused_ms": 0.125, "link": "ib400"} | others for row in report["rows"][2:]]
 
     add(folder, "four-h200-layer-v2-lite.json", on_four)
     two, four = readme.layers(folder).split("\n\nFour H200")
     assert two.startswith("Two H200 (") and "--ranks 2 --link none --link 50" in " ".join(two.split())
     assert "2027-01-31" in four and "--ranks 4 --link ib400" in " ".join(four.split())
     assert [row[6] for row in rows_of(four)[2:]] == ["**0.125**", "**0.125**"]
+    assert rows_of(four)[0][7] == "NCCL, blocking" and rows_of(four)[2][7] == "3.000" and "NCCL" not in two
     assert rows_of(four)[2][:3] == ["DeepSeek-V2-Lite", "50 GB/s, by puts", "forward"]
 
 

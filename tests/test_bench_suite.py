@@ -53,7 +53,7 @@ def test_every_table_of_the_readme_has_a_part_that_measures_it(tmp_path, monkeyp
         section(tmp_path)
     for one in suite.parts(2):
         (tmp_path / f"{result_files.machine('NVIDIA H100', one.gpus)}-{one.file}.json").write_text("{}")
-    assert len(asked) == 8
+    assert len(asked) == 9
     assert all(result_files.find(name, several=several, folder=tmp_path) for name, several in asked)
 
 
