@@ -78,10 +78,12 @@ def experts(folder: Path) -> str:
                 for name, cell in cells.items():
                     texts[name].append(_bold(f"{cell['ms']:.2f}", name == fastest))
             rows.append([_title(layer["shape"]), str(layer["tokens"]), *(", ".join(texts[name]) for name in columns)])
+        absent = [LAYERS[name] for name in result.report["missing"] if name in LAYERS]
         spreads = [cell for layer in layers for direction in PASSES for cell in layer[direction].values()]
         caption = (
             f"{_on([result])}: `{_command('experts', layers)}`, bf16, uniform routing, one run. ms, forward, then"
             f" forward and backward; spreads are at most {_largest_spread(spreads)}. {BOLD}"
+            + (f" Not installed: {', '.join(absent)}." if absent else "")
         )
         parts.append(_with_caption(caption, ("shape", "T", *(LAYERS[name] for name in columns)), rows))
     return _joined(parts)
