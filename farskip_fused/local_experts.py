@@ -67,20 +67,22 @@ def fused_experts(
 
 
 def compute_experts(
-    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, w13: Tensor, w2: Tensor, result: Tensor
-) -> None:
+    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, w13: Tensor, w2: Tensor, result: Tensor,
+    expert_map: Tensor | None = None,
+) -> None:  # fmt: skip
     """``fused_experts`` into ``result`` [T, H], contiguous, for a caller that is an operator itself.
 
+    expert_map: int32, of each id the expert among ``w13``, -1 for one that another rank has and that adds nothing here.
     Trusts its arguments, has no gradient, and calls the kernels without operators in between, whose dispatch takes the
     host a third of the time of all launches.
     """
     tokens, top_k = top_k_index.shape
     ids, experts_count = aligned(_wide(top_k_index)), w13.shape[0]
-    if layout.can_stay_unsorted(tokens, top_k, experts_count):
+    if expert_map is None and layout.can_stay_unsorted(tokens, top_k, experts_count):
         where = layout.unsorted_layout(ids)
     else:
         tile_rows = tuning.tile_rows(ids.numel(), hidden_states, w13)
-        where = layout.local_layout(ids, experts_count, tile_rows)
+        where = layout.local_layout(ids, experts_count, tile_rows, expert_map)
     values, _ = _outputs(hidden_states, w13, w2, where, transposed=False, keep_gate_up=False)
     _sum(values, top_k_weights.float(), where, experts_count, result)
 
