@@ -4,6 +4,9 @@
 # make test-vllm   set up an environment of its own with vLLM for CPUs, then the tests of the vLLM plugin
 # make test-sglang   the same with SGLang's engine for CPUs, and the tests of its external model package
 # make soak    one slice of a long run of dispatch and combine between ranks; again, to go on
+# make bench   set-up, then every benchmark of README's tables that this machine's GPUs allow, and the tables written
+#              anew; PARTS="experts layer" for some of them, PARTS=--help for their names
+# make dist    set-up, then source distribution and wheel in dist/
 # make demo    set-up, then the whole path on a small model: train, convert, recover, reload, split over processes
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +20,7 @@ SGLANG_STAMP := $(SGLANG)/.installed
 OLDEST_TRITON := $(VENV)/triton-3.5
 GLUON_TRITON := $(VENV)/triton-3.6
 
-.PHONY: setup test test-full test-vllm test-sglang soak lint demo wheel clean
+.PHONY: setup test test-full test-vllm test-sglang soak lint bench demo dist clean
 
 setup: $(STAMP)
 
@@ -72,13 +75,17 @@ lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+bench: setup
+	$(BIN)/python -m farskip_fused.bench.suite $(PARTS)
+
 demo: setup
 	$(BIN)/farskip demo --output demo --overwrite
 
-# build/ is emptied first: setuptools would pack modules that have been removed since.
-wheel: setup
-	rm -rf build
-	$(BIN)/python -m pip wheel --no-deps --disable-pip-version-check -w dist .
+# The wheel is made from the source distribution, so that it holds nothing that a checkout has besides.
+dist: setup
+	rm -rf dist
+	$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")'
+	$(BIN)/python -m pip wheel --no-deps --disable-pip-version-check -w dist dist/*.tar.gz
 
 clean:
 	rm -rf $(VENV) $(VLLM) $(SGLANG) build dist demo *.egg-info farskip_fused/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -15,6 +15,7 @@ from farskip_fused.all_reduce import ANY_MESSAGE, largest_in_one_shot
 from farskip_fused.bench.all_reduce_ranks import ONE_SHOT, OTHERS, TWO_SHOTS, Case, Measured, measure, measure_other
 from farskip_fused.bench.all_to_all import LIMIT, SHARED
 from farskip_fused.bench.collectives import first_line
+from farskip_fused.bench.report import environment, open_console
 from farskip_fused.bench.shapes import BYTES
 from farskip_fused.bench.timing import summarise
 from farskip_fused.errors import UsageError
@@ -36,8 +37,6 @@ def run(ranks: Sequence[int], sms: Sequence[int], hidden: Sequence[int], tokens:
 
     if not torch.cuda.is_available():
         raise UsageError("farskip bench all-reduce measures a CUDA GPU and this machine has none.")
-    from farskip_fused.bench.report import environment
-
     for world in ranks:
         available = multiprocessors_of_rank(world)
         for share in sms:
@@ -70,8 +69,7 @@ def run(ranks: Sequence[int], sms: Sequence[int], hidden: Sequence[int], tokens:
                     continue
                 for case, *measured in zip(theirs, *others, strict=True):
                     rows += summary(case, measured, by=name)
-    facts = {**environment(), "gpus": str(torch.cuda.device_count())}
-    return {"environment": facts, "missing": missing, "rows": rows, "crossings": crossings(rows)}
+    return {"environment": environment(), "missing": missing, "rows": rows, "crossings": crossings(rows)}
 
 
 def summary(case: Case, measured: Sequence[Measured], by: str = OURS) -> list[dict[str, Any]]:
@@ -119,10 +117,7 @@ def crossings(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def render(report: dict[str, Any]) -> None:
-    console = Console()
-    console.print(" ".join(f"{key} {value}" for key, value in report["environment"].items()), highlight=False)
-    for name, reason in report["missing"].items():
-        console.print(f"{name}: {reason}", highlight=False)
+    console = open_console(report)
     table = Table("ranks", "T", "KiB", "SMs a rank", "by", "form", "µs", "± µs", "GB/s a rank", "ours is faster by")
     for row in report["rows"]:
         ratio = None if row["by"] == OURS else row["ms"] / fastest_of_ours(report["rows"], row)
@@ -140,7 +135,6 @@ def render(report: dict[str, Any]) -> None:
             + ("at no size that was timed in both forms" if faster is None else f"from {faster / 1024:.0f} KiB on")
             + "; by default one shot carries "
             + ("any message" if threshold == ANY_MESSAGE else f"up to {threshold / 1024:.0f} KiB"),
-            highlight=False,
         )
 
 

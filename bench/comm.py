@@ -15,6 +15,7 @@ from rich.table import Table
 
 from farskip_fused.bench import all_to_all
 from farskip_fused.bench.comm_ranks import Case, Measured, measure
+from farskip_fused.bench.report import environment, open_console
 from farskip_fused.bench.shapes import BYTES, parse_shape
 from farskip_fused.bench.timing import summarise
 from farskip_fused.errors import UsageError
@@ -49,8 +50,6 @@ def run(shapes: Sequence[str], ranks: Sequence[int], sms: Sequence[int], tokens:
                 raise UsageError(f"{name} has {shape.experts} experts, which do not divide over {world} ranks.")
     if not torch.cuda.is_available():
         raise UsageError("farskip bench comm measures a CUDA GPU and this machine has none.")
-    from farskip_fused.bench.report import environment
-
     reasons: dict[str, dict[str, list[int]]] = {}
     rows = []
     with Console(stderr=True).status("") as status:
@@ -78,8 +77,7 @@ def run(shapes: Sequence[str], ranks: Sequence[int], sms: Sequence[int], tokens:
                     rows += summary(name, case, world, measured, by=peer, replayed=captured, marked=False)
             for peer, reason in missing.items():
                 reasons.setdefault(peer, {}).setdefault(reason, []).append(world)
-    found_environment = {**environment(), "gpus": str(torch.cuda.device_count())}
-    return {"environment": found_environment, "missing": _worded(reasons, len(ranks)), "rows": rows}
+    return {"environment": environment(), "missing": _worded(reasons, len(ranks)), "rows": rows}
 
 
 def _worded(reasons: dict[str, dict[str, list[int]]], runs: int) -> dict[str, str]:
@@ -126,10 +124,7 @@ def summary(
 
 
 def render(report: dict[str, Any]) -> None:
-    console = Console()
-    console.print(" ".join(f"{key} {value}" for key, value in report["environment"].items()), highlight=False)
-    for name, reason in report["missing"].items():
-        console.print(f"{name}: {reason}", highlight=False)
+    console = open_console(report)
     table = Table(
         "shape", "ranks", "T", "SMs a rank", "step", "by", "ms", "± ms", "GB/s a rank", "DeepEP ms", "ours is faster by"
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from farskip_fused.bench import timing
 from farskip_fused.bench.peers import Peer, Problem, available, check
+from farskip_fused.bench.report import environment
 from farskip_fused.bench.shapes import BYTES, PRODUCTS, SHAPES, ZIPF, Shape, parse_shape
 from farskip_fused.errors import UsageError
 from farskip_fused.moe import FusedExperts
@@ -51,7 +52,6 @@ def run(
         raise UsageError("farskip bench experts measures a CUDA GPU and this machine has none.")
     from farskip_fused.bench import decode as decode_room
     from farskip_fused.bench import gemms as gemms_room
-    from farskip_fused.bench.report import environment
 
     report: dict[str, Any] = {
         "environment": environment(), "missing": missing, "ceilings": timing.ceilings(),

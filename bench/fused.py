@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from farskip_fused.bench.fused_ranks import PARTS, WAYS, Case, Measured, measure
+from farskip_fused.bench.report import environment, open_console
 from farskip_fused.bench.shapes import parse_shape
 from farskip_fused.bench.timing import summarise
 from farskip_fused.errors import UsageError
@@ -58,8 +59,6 @@ def run(
                 raise UsageError(f"{name} has {shape.experts} experts, which do not divide over {world} ranks.")
     if not torch.cuda.is_available():
         raise UsageError("farskip bench fused measures a CUDA GPU and this machine has none.")
-    from farskip_fused.bench.report import environment
-
     gpus = torch.cuda.device_count()
     sharing = {world: world if world > gpus else 1 for world in ranks}  # ranks that share a GPU
     for world in ranks:
@@ -131,10 +130,7 @@ def summary(
 
 
 def render(report: dict[str, Any]) -> None:
-    console = Console()
-    console.print(" ".join(f"{key} {value}" for key, value in report["environment"].items()), highlight=False)
-    for name, reason in report["failed"].items():
-        console.print(f"{name} failed: {reason}", highlight=False, markup=False)
+    console = open_console(report)
     table = Table(
         "shape", "ranks", "T", "link GB/s", "SMs", "part", "comm ms", "GEMM ms", "unfused ms", "fused ms",
         "fused / longer", "unfused / fused", "MB", "GB/s",
@@ -155,5 +151,5 @@ def render(report: dict[str, Any]) -> None:
         if row["difference"] is not None and not row["difference"] <= LARGEST_DIFFERENCE:
             console.print(
                 f"{row['shape']}, {row['ranks']} ranks, link {row['link']}, {row['part']}: fused and unfused results "
-                f"differ by {row['difference']:.3g}, so these times are of no use.", highlight=False,
+                f"differ by {row['difference']:.3g}, so these times are of no use.",
             )  # fmt: skip

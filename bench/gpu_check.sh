@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Build, check and demonstrate on one GPU, in one command; prints a table last.
-#   bench/gpu_check.sh [tests] [demo] [bench] [comm] [fused] [sanitize]   the first three without arguments
-# World 1, then 2 and 4 NVSHMEM processing elements side by side under an MPS daemon of its own. Changes no setting of
-# the card. Needs torch with CUDA, Triton, nvshmem4py and a compiler; PYTHON names the interpreter (default python3).
-# sanitize: every family of kernels once under compute-sanitizer's memcheck and racecheck, with the card to itself.
+# Build, check and demonstrate on GPUs, in one command; prints a table last. What is timed is bench/suite.py's.
+#   bench/gpu_check.sh [tests] [demo] [gpus] [sanitize]   the first two without arguments
+# tests, demo: on one GPU; world 1, then 2 and 4 NVSHMEM processing elements side by side under an MPS daemon of its own.
+# gpus: the tests of ranks with a GPU each, as many as there are. sanitize: every family of kernels once under
+# compute-sanitizer's memcheck and racecheck, with the card to itself. Changes no setting of the cards. Needs torch with
+# CUDA, Triton, nvshmem4py and a compiler; PYTHON names the interpreter (default python3).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-$(mktemp -d)}
-PARTS=" ${*:-tests demo bench} "
+PARTS=" ${*:-tests demo} "
 PYTEST="$PYTHON -m pytest -q -p no:cacheprovider"
 "$PYTHON" -c 'import xdist' 2>/dev/null && PARALLEL="-n 6" || PARALLEL=""
 
@@ -23,7 +24,7 @@ wants() { [[ $PARTS == *" $1 "* ]]; }
 
 rm -f "$OUT"/*.row
 part build 200 "$PYTHON" -m pip install -q --no-deps --no-build-isolation -e .
-# Tests and demo wait for the host most of the time, so they run side by side; the benchmark has the card to itself.
+# Tests and demo wait for the host most of the time, so they run side by side.
 if wants tests; then
   part kernels 400 $PYTEST $PARALLEL -m 'not rung3 and not rung4 and not full' --deselect tests/kernels/test_compiles.py tests/kernels \
     tests/conversion/test_experts_implementation.py tests/conversion/test_parallelize.py tests/test_all_reduce.py \
@@ -33,9 +34,7 @@ if wants tests; then
 fi
 wants demo && part demo 580 "$PYTHON" -m farskip_fused.cli demo --output "$OUT/demo" --overwrite &
 wait
-wants comm && part comm 400 "$PYTHON" -m farskip_fused.cli bench comm --json "$OUT/comm.json"
-wants fused && part fused 400 "$PYTHON" -m farskip_fused.cli bench fused --json "$OUT/fused.json"
-wants bench && part bench 300 "$PYTHON" -m farskip_fused.cli bench experts deepseek-v2-lite qwen3-30b-a3b --json "$OUT/experts.json"
+wants gpus && part gpus 500 $PYTEST --durations=5 -m 'rung4 and not full' tests
 if wants sanitize; then
   sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null ||
     "$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' | xargs -I{} find {}/nvidia -path '*/bin/compute-sanitizer' 2>/dev/null | head -n 1)
@@ -54,7 +53,7 @@ if wants sanitize; then
 fi
 for row in "$OUT"/*.row; do
   name=$(basename "$row" .row)
-  if grep -q ' exit ' "$row" || [ "$name" = demo ] || [ "$name" = bench ] || [ "$name" = comm ] || [ "$name" = fused ]; then echo "== $name"; tail -n 40 "$OUT/$name.log"; fi
+  if grep -q ' exit ' "$row" || [ "$name" = demo ]; then echo "== $name"; tail -n 40 "$OUT/$name.log"; fi
 done
 echo
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader

@@ -20,7 +20,9 @@ from rich.table import Table
 from farskip_fused.bench import fused, layer_trace
 from farskip_fused.bench.attention import GroupedSizes, LatentSizes
 from farskip_fused.bench.layer_ranks import DIRECTIONS, SHORT, Case, LayerShape, Measured, measure
-from farskip_fused.bench.layer_ways import OVERLAPPED, WAYS
+from farskip_fused.bench.layer_ways import OVERLAPPED
+from farskip_fused.bench.nccl_ways import NCCL_WAYS
+from farskip_fused.bench.report import environment, open_console
 from farskip_fused.bench.shapes import SHAPES as EXPERTS
 from farskip_fused.bench.timing import summarise
 from farskip_fused.errors import UsageError
@@ -84,7 +86,10 @@ def run(
         if count % min(count, LONGEST_SEQUENCE):
             raise UsageError(f"--tokens {count}: more than {LONGEST_SEQUENCE} must be sequences of {LONGEST_SEQUENCE}.")
     cases = [
-        (name, world, link, Case(SHAPES[name], count, min(count, LONGEST_SEQUENCE), share, layers, _combine(*rate)))
+        (name, world, link, Case(
+            SHAPES[name], count, min(count, LONGEST_SEQUENCE), share, layers, _combine(*rate),
+            nccl=rate == (None, False) and world <= torch.cuda.device_count(),
+        ))
         for world in ranks for link, rate in rates.items() for name in shapes for count in tokens for share in sms
     ]  # fmt: skip
     if trace is not None:
@@ -102,8 +107,6 @@ def run(
         for wanted in sms:
             if wanted is not None and wanted >= available:
                 raise UsageError(f"--sms {wanted}: {world} ranks have {available} each; leave computation some.")
-    from farskip_fused.bench.report import environment
-
     gpus, console = torch.cuda.device_count(), Console(stderr=True)
     report: dict[str, Any] = {"environment": environment(), "failed": {}, "rows": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -156,7 +159,8 @@ def summary(
     """
     rows = []
     for direction in DIRECTIONS:
-        times = {way: summarise(_layer_times(measured, direction, way, case.layers)) for way in WAYS}
+        ways = measured[0].times[direction]
+        times = {way: summarise(_layer_times(measured, direction, way, case.layers)) for way in ways}
         ms = {way: timing.ms for way, timing in times.items()}
         row: dict[str, Any] = {
             "shape": name, "ranks": len(measured), "tokens": case.tokens, "link": link,
@@ -206,14 +210,11 @@ def max_of(values: Sequence[float]) -> float:
 
 
 def render(report: dict[str, Any]) -> None:
-    console = Console()
-    console.print(" ".join(f"{key} {value}" for key, value in report["environment"].items()), highlight=False)
-    for name, reason in report["failed"].items():
-        console.print(f"{name} failed: {reason}", highlight=False, markup=False)
-    console.print("ms of a layer. FarSkip by whole collectives on a stream / fused:", highlight=False)
+    console = open_console(report)
+    console.print("ms of a layer. FarSkip by whole collectives on a stream / fused:")
     table = Table(
         "shape", "ranks", "T", "link GB/s", "SMs", "pass", "blocking", "computation", "on all SMs", "collectives",
-        "window", "streams", "fused", "overlap", "of all", "blocking / it", "it / longer",
+        "window", "streams", "fused", "overlap", "of all", "blocking / it", "it / longer", "NCCL blocking, streams",
     )  # fmt: skip
     for row in report["rows"]:
         rate = row["link_gigabytes_per_second"]
@@ -233,6 +234,7 @@ def render(report: dict[str, Any]) -> None:
             *(f"{row[f'{way}_ms']:.3f}" for way in ("computation_all", "collectives")),
             f"{row['window_ms']:.3f}{'' if row['fits'] else ', too short'}",
             *(_with_spread(row, way) for way in OVERLAPPED), *both.values(),
+            ", ".join(_with_spread(row, way) for way in NCCL_WAYS if f"{way}_ms" in row),
         )  # fmt: skip
     console.print(table)
     for row in report["rows"]:
@@ -243,7 +245,7 @@ def render(report: dict[str, Any]) -> None:
                     console.print(
                         f"{row['shape']}, {row['ranks']} ranks, link {row['link']}, T {row['tokens']}, {way}, {what}: "
                         f"results or gradients differ by {difference:.3g} from those of the plain definition, so these "
-                        "times are of no use.", highlight=False,
+                        "times are of no use.",
                     )  # fmt: skip
 
 

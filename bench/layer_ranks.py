@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from farskip_fused.bench import layer_trace
@@ -32,6 +33,7 @@ from farskip_fused.bench.layer_ways import (
     WholePending,
     whole_exchange,
 )
+from farskip_fused.bench.nccl_ways import NCCL_WAYS, NcclPending, Routes, nccl_exchange
 from farskip_fused.bench.rounds import align, in_round
 from farskip_fused.bench.shapes import Shape, random_routing
 from farskip_fused.connectivity import Streams
@@ -58,7 +60,7 @@ class LayerShape(NamedTuple):
 class Case:
     """tokens: of every rank, in sequences of ``length``. sms: multiprocessors a rank that communication takes beside
     computation; None for the package's share. layers: of the stack. combine: form of the fused way's, see
-    ``ExchangeOptions``."""
+    ``ExchangeOptions``. nccl: whether the ways of nccl_ways.py are measured, too, which need a GPU a rank."""
 
     shape: LayerShape
     tokens: int
@@ -66,6 +68,7 @@ class Case:
     sms: int | None
     layers: int
     combine: str = "direct"
+    nccl: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,8 @@ def measure(
     stack.load()
     memory.synchronize()
     memory.barrier()
-    differences = {name: stack.compare(name) for name in ("blocking", *OVERLAPPED)}
+    compared = ("blocking", *OVERLAPPED, *(NCCL_WAYS if case.nccl else ()))
+    differences = {name: stack.compare(name) for name in compared}
     times = {direction: stack.time(direction, iterations) for direction in DIRECTIONS}
     memory.synchronize()
     if trace is not None:
@@ -176,24 +180,34 @@ class Stack:
         arrived = replace(exchange, slots=slots, presummed=False)
         shape_of_values = (exchange.capacity, shape.hidden_size)
         self.values = torch.randn(shape_of_values, **self.options)
-        return {
-            "blocking": Way("standard", whole_exchange(exchange, blocking=True), WholePending),
-            "paper": Way("farskip", whole_exchange(exchange, blocking=False), WholePending),
+        blocking, streams = (whole_exchange(exchange, blocking=each) for each in (True, False))
+        ways = {
+            "blocking": Way("standard", blocking, WholePending),
+            "paper": Way("farskip", streams, WholePending),
             "fused": Way("farskip", exchange, Pending),
             "computation": Way("farskip", arrived, ArrivedPending),
             "computation_all": Way("standard", whole_exchange(arrived, blocking=True), ArrivedWholePending),
-            "collectives": Way("farskip", whole_exchange(exchange, blocking=False), CollectivesPending),
+            "collectives": Way("farskip", streams, CollectivesPending),
             "window": Way("window", exchange, Pending),
         }
+        assert tuple(ways) == WAYS
+        if self.case.nccl:
+            on_gpu = self.memory.device.type == "cuda"
+            group = dist.new_group(backend="nccl") if on_gpu else dist.group.WORLD
+            routes = Routes.of(all_ids, self.memory.rank, exchange.num_local_experts).to(self.memory.device)
+            for name, connectivity, whole in zip(NCCL_WAYS, ("standard", "farskip"), (blocking, streams), strict=True):
+                ways[name] = Way(connectivity, nccl_exchange(whole, routes, group), NcclPending)
+        return ways
 
     def on_stream(self) -> Any:
         """Autograd runs backward on the stream of forward: the one on which it is captured."""
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     def load(self) -> None:
-        """Launch everything once without a peer: no kernel is loaded while another waits for one."""
+        """Launch everything once without a peer: no kernel is loaded while another waits for one. NCCL's ways need
+        their peers, and come last."""
         with self.on_stream():
-            for name in ("computation", "computation_all", "window"):
+            for name in ("computation", "computation_all", "window", *(NCCL_WAYS if self.case.nccl else ())):
                 for direction in DIRECTIONS:
                     self.run(name, direction, SHORT)
         self.arrived.synchronize()
@@ -265,8 +279,10 @@ class Stack:
         """ms of every way and number of layers in each iteration, which all ranks begin together; every iteration in
         another order, the same at all ranks: replays of CUDA graphs between events, on CPU calls by the clock."""
         calls: dict[Any, Callable[[], Any]]
-        calls = {(name, layers): partial(self.run, name, direction, layers) for name in WAYS for layers in self.sizes}
-        times: dict[str, dict[int, list[float]]] = {name: {layers: [] for layers in self.sizes} for name in WAYS}
+        calls = {
+            (name, layers): partial(self.run, name, direction, layers) for name in self.ways for layers in self.sizes
+        }
+        times: dict[str, dict[int, list[float]]] = {name: {layers: [] for layers in self.sizes} for name in self.ways}
         orders = [list(calls) for _ in range(iterations)]
         shuffle = random.Random(0).shuffle
         for order in orders:
@@ -294,7 +310,8 @@ class Stack:
             self.memory.synchronize()
             self.memory.barrier()
             graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[key], pool=pool, stream=self.stream):
+            # Threads of NCCL's go on asking for their events meanwhile.
+            with torch.cuda.graph(graphs[key], pool=pool, stream=self.stream, capture_error_mode="thread_local"):
                 call()
         self.memory.synchronize()
         self.memory.barrier()

@@ -244,9 +244,9 @@ class Way:
 
     connectivity: str
     exchange: Exchange
-    pending: Callable[..., Pending]
+    pending: Callable[..., Any]
 
-    def start(self, *arguments: Tensor) -> Pending | Finished:
+    def start(self, *arguments: Tensor) -> Any:
         """hidden_states, top_k_index, top_k_weights, w13, w2, as ``Pending`` takes them."""
         pending = self.pending(self.exchange, *arguments)
         if not (isinstance(self.exchange, WholeExchange) and self.exchange.blocking):

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from farskip_fused.bench.plan_accuracy import replace_between
+from farskip_fused.bench.report import replace_between
 from farskip_fused.errors import UsageError
 from farskip_fused.plan import CLUSTERS, MODELS, Job
 from farskip_fused.plan.durations import forward_durations

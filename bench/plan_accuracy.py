@@ -8,13 +8,14 @@ what `farskip bench layer` wrote to ``bench/results/``.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from farskip_fused.bench.report import replace_between
+from farskip_fused.bench.result_files import find
 from farskip_fused.plan import MODELS, Job, Model
 from farskip_fused.plan.clusters import find_cluster, scaled
 from farskip_fused.plan.prediction import Prediction, corners, orders, predict, predict_once, timelines
@@ -92,7 +93,6 @@ ROWS = (
 )  # fmt: skip
 MARKS = ("<!-- accuracy -->", "<!-- end of accuracy -->")
 LAYER_MARKS = ("<!-- layers -->", "<!-- end of layers -->")
-LAYERS = sorted((Path(__file__).parent / "results").glob("two-*-layer-*.json"))
 GIVEN = "by streams, collectives as measured"
 CLUSTERS = {"NVIDIA H200": "h200-ib400", "NVIDIA H100 80GB HBM3": "h100-ib400"}
 
@@ -144,12 +144,14 @@ def table() -> str:
 
 
 def layers() -> Iterator[tuple[str, dict[str, tuple[float, float]]]]:
-    """Each measured layer and pass; of each way ms as measured and as predicted, with the SMs that communication had.
+    """Each layer and pass measured on GPUs that the plan knows; of each way ms as measured and as predicted, with the
+    SMs that communication had.
 
     GIVEN is the way by streams whose dispatch and combine take together what they were measured to take alone.
     """
-    for path in LAYERS:
-        report = json.loads(path.read_text(encoding="utf-8"))
+    for _, _, report in find("layer-.*", several=True):
+        if report["environment"]["gpu"] not in CLUSTERS:
+            continue
         cluster = find_cluster(CLUSTERS[report["environment"]["gpu"]])
         collectives = {(row["link"], row["direction"]): row["collectives_ms"] for row in report["rows"]}
         for row in report["rows"]:
@@ -216,13 +218,6 @@ def layer_table() -> str:
             *speedups,
         ]
     )
-
-
-def replace_between(text: str, marks: tuple[str, str], content: str) -> str:
-    """``text`` with what stands between two marks replaced."""
-    before, _, rest = text.partition(marks[0])
-    _, _, after = rest.partition(marks[1])
-    return f"{before}{marks[0]}\n{content}\n{marks[1]}{after}"
 
 
 def main() -> None:

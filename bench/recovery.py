@@ -23,6 +23,7 @@ from rich.console import Console
 import farskip_fused as ff
 from farskip_fused.bench.recovery_report import write
 from farskip_fused.bench.recovery_subjects import FULL, TOY, Corpus, Sizes, build, corpus
+from farskip_fused.bench.report import environment
 from farskip_fused.distillation import DistillationConfig, evaluate
 from farskip_fused.distillation.sweep import sweep
 from farskip_fused.distillation.tasks import function_tasks, pass_rate
@@ -240,6 +241,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=500.0, help="that this call may take")
     parser.add_argument("--toy", action="store_true", help="sizes for a try without a GPU")
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="write recovery.md and its figures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write results as JSON once nothing is left")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bench = Bench(options.state, TOY if options.toy else FULL, device)
@@ -247,6 +249,10 @@ def main() -> None:
     results = {name: found for name, _ in bench.units() if (found := bench.result(name)) is not None}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     write(results, {"device": name, "torch": torch.__version__}, options.write, bench.console)
+    if options.json is not None and not left:
+        facts = environment() if device.type == "cuda" else {"gpu": name, "torch": torch.__version__}
+        units = {unit: {key: each for key, each in found.items() if key != "solved"} for unit, found in results.items()}
+        options.json.write_text(json.dumps({"environment": facts, "units": units}, indent=1))
     print(f"{len(left)} units left: {', '.join(left)}" if left else "Nothing is left.")
 
 

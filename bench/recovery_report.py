@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
-from farskip_fused.bench.plan_accuracy import replace_between
+from farskip_fused.bench.report import replace_between
 from farskip_fused.plan.figure import new_figure
 
 MARKS = ("<!-- recovery -->", "<!-- end of recovery -->")

@@ -1,12 +1,17 @@
-"""What a benchmark's JSON holds, as tables and as a roofline figure."""
+"""What a benchmark's JSON holds, as tables and as a roofline figure; and tables in documents."""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+
+from farskip_fused.errors import UsageError
 
 DIRECTIONS = {"forward": 6, "forward_backward": 18}
 
@@ -20,15 +25,37 @@ def environment() -> dict[str, str]:
     answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout
     driver = answer.partition("\n")[0].strip()  # one line for each GPU
     facts = {
-        "gpu": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__, "triton": triton.__version__,
+        "gpu": torch.cuda.get_device_name(), "gpus": str(torch.cuda.device_count()), "driver": driver,
+        "torch": torch.__version__, "triton": triton.__version__,
         "date": datetime.date.today().isoformat(),
     }  # fmt: skip
-    for package in ("vllm", "sonic-moe"):
+    if torch.distributed.is_nccl_available():
+        facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    for package in ("nvidia-nvshmem-cu12", "nvidia-nvshmem-cu13", "sonic-moe", "vllm"):
         try:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
     return facts
+
+
+def open_console(report: Mapping[str, Any]) -> Console:
+    """A console on which the environment of a report stands, and what it lacks, and why."""
+    console = Console(highlight=False)
+    console.print(" ".join(f"{key} {value}" for key, value in report["environment"].items()))
+    for what in ("missing", "failed"):
+        for name, reason in report.get(what, {}).items():
+            console.print(f"{name} {'failed' if what == 'failed' else 'is left out'}: {reason}", markup=False)
+    return console
+
+
+def replace_between(text: str, marks: tuple[str, str], content: str) -> str:
+    """``text`` with what stands between two marks replaced; UsageError if it lacks one of them."""
+    before, start, rest = text.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
+    if not start or not end:
+        raise UsageError(f"There is no {marks[0]} followed by {marks[1]} to write between.")
+    return f"{before}{start}\n{content}\n{end}{after}"
 
 
 def best_peer(cells: dict[str, Any]) -> float | None:
@@ -38,15 +65,11 @@ def best_peer(cells: dict[str, Any]) -> float | None:
 
 def render(report: dict[str, Any]) -> None:
     """Print the tables of a report."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = open_console(report)
     ceilings = report["ceilings"]
-    console.print(" ".join(f"{key} {value}" for key, value in report["environment"].items()), highlight=False)
-    console.print(f"ceilings: {ceilings['tflops']:.0f} TFLOP/s, copy {ceilings['terabytes']:.2f} TB/s", highlight=False)
-    for name, reason in report["missing"].items():
-        console.print(f"{name} is left out: {reason}", highlight=False)
+    console.print(f"ceilings: {ceilings['tflops']:.0f} TFLOP/s, copy {ceilings['terabytes']:.2f} TB/s")
     if report["layers"]:
         table = Table("shape", "T", "pass", "layer", "ms", "± ms", "TFLOP/s", "of dense", "ours is faster by")
         for layer in report["layers"]:
@@ -64,14 +87,13 @@ def render(report: dict[str, Any]) -> None:
             saved = layer["saved_bytes"]
             console.print(
                 f"{layer['shape']}, T {layer['tokens']}, {layer['routing']}: {saved['measured'] / 1e6:.1f} MB saved for"
-                f" backward; 2 T H + 4 T K I is {saved['formula'] / 1e6:.1f} MB",
-                highlight=False,
+                f" backward; 2 T H + 4 T K I is {saved['formula'] / 1e6:.1f} MB"
             )
             if saved.get("held") is not None:
                 indices, held = saved["indices"] / 1e6, saved["held"] / 1e6
-                console.print(f"  of it {indices:.1f} MB indices; the allocator holds {held:.1f} MB", highlight=False)
+                console.print(f"  of it {indices:.1f} MB indices; the allocator holds {held:.1f} MB")
             for direction, ratio in layer.get("zipf_over_uniform", {}).items():
-                console.print(f"  {direction.replace('_', ' + ')}: {ratio:.2f} x uniform routing", highlight=False)
+                console.print(f"  {direction.replace('_', ' + ')}: {ratio:.2f} x uniform routing")
     if report["decode"]:
         table = Table("shape", "T", "layer", "µs", "± µs", "TB/s of weights", "of copy", "ours is faster by")
         for row in report["decode"]:

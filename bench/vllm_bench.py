@@ -1,8 +1,9 @@
-"""vLLM on one GPU: a stock model, the stock model on our expert kernels, and the model with FarSkip wiring.
+"""vLLM on one GPU or several: a stock model, the stock model on our expert kernels, and the model with FarSkip wiring.
 
 Models are cut to 8 layers and have dummy weights, so that a config.json is all they need. One engine a variant, each in
-processes of its own on the same GPU, all alive at once; every point is measured in rounds, the variants of a round in
-random order with the same prompts. CUDA graphs are on, prefix caching is off.
+processes of its own on the same GPUs, all alive at once; every point is measured in rounds, the variants of a round in
+random order with the same prompts. CUDA graphs are on, prefix caching is off. Several GPUs are tensor-parallel ranks
+with the experts split over them, as vLLM's --tensor-parallel-size with --enable-expert-parallel.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from farskip_fused.bench.report import environment
+from farskip_fused.bench.report import environment, open_console
 from farskip_fused.bench.timing import Timing, summarise
 from farskip_fused.connectivity import Connectivity
 from farskip_fused.errors import UsageError
@@ -69,8 +70,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def run(models: list[str], rounds: int = ROUNDS) -> dict[str, Any]:
-    """Measure every point of the models; UsageError for an unknown model and without vLLM or a GPU."""
+def run(models: list[str], rounds: int = ROUNDS, ranks: int = 1) -> dict[str, Any]:
+    """Measure every point of the models; UsageError for an unknown model and without vLLM or as many GPUs."""
     unknown = [name for name in models if name not in MODELS]
     if unknown:
         raise UsageError(f"Unknown model {unknown[0]!r}; use {' or '.join(MODELS)}.")
@@ -79,11 +80,11 @@ def run(models: list[str], rounds: int = ROUNDS) -> dict[str, Any]:
         import vllm  # noqa: F401
     except ModuleNotFoundError as error:
         raise UsageError("This needs vLLM; run: pip install 'farskip-fused[vllm]'.") from error
-    if not torch.cuda.is_available():
-        raise UsageError("This needs a GPU; there is none.")
+    if (gpus := torch.cuda.device_count()) < ranks:
+        raise UsageError(f"--ranks {ranks} needs as many GPUs and there are {gpus}; ask for fewer.")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    points = [cell for model in models for cell in _measure_model(model, rounds)]
-    return {"environment": environment(), "rounds": rounds, "layers": LAYERS, "points": points}
+    points = [cell for model in models for cell in _measure_model(model, rounds, ranks)]
+    return {"environment": environment(), "ranks": ranks, "rounds": rounds, "layers": LAYERS, "points": points}
 
 
 def config_of(model: str, variant: str) -> dict[str, Any]:
@@ -98,9 +99,9 @@ def config_of(model: str, variant: str) -> dict[str, Any]:
     }
 
 
-def _measure_model(model: str, rounds: int) -> list[dict[str, Any]]:
+def _measure_model(model: str, rounds: int, ranks: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        engines = {variant: _start(model, variant, Path(folder)) for variant in VARIANTS}
+        engines = {variant: _start(model, variant, Path(folder), ranks) for variant in VARIANTS}
         cells = []
         for point in POINTS:
             times = _measure(engines, point, MODELS[model]["vocab_size"], rounds)
@@ -111,7 +112,7 @@ def _measure_model(model: str, rounds: int) -> list[dict[str, Any]]:
         return cells
 
 
-def _start(model: str, variant: str, folder: Path) -> Any:
+def _start(model: str, variant: str, folder: Path, ranks: int) -> Any:
     from vllm import LLM
 
     path = folder / f"{model}-{variant}"
@@ -126,6 +127,8 @@ def _start(model: str, variant: str, folder: Path) -> Any:
         max_num_batched_tokens=TOKENS_A_STEP,
         max_num_seqs=max(point.batch for point in POINTS),
         enable_prefix_caching=False,
+        tensor_parallel_size=ranks,
+        enable_expert_parallel=ranks > 1,
         additional_config={} if variant == "stock" else {"farskip_experts": True},
     )
 
@@ -159,11 +162,10 @@ def _elapsed(engine: Any, prompts: list[dict[str, Any]], new_tokens: int) -> flo
 
 def render(report: dict[str, Any]) -> None:
     """Print the table of a report; what is slower than stock by more than 2 % is marked."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    console.print(" ".join(f"{key} {value}" for key, value in report["environment"].items()), highlight=False)
+    console = open_console(report)
+    console.print(f"{report['ranks']} GPUs, {report['layers']} layers")
     table = Table("model", "batch", "prompt", "phase", "variant", "ms", "± ms", "tokens/s", "of stock")
     for cell in report["points"]:
         tokens = cell["batch"] * (cell["new_tokens"] or cell["prompt"])

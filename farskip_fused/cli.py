@@ -43,16 +43,21 @@ def _options(
 
 
 @app.command()
-def doctor(json_file: JsonFile = None) -> None:
+def doctor(
+    issue: Annotated[bool, typer.Option("--issue", help="Print it as Markdown to paste into an issue.")] = False,
+    json_file: JsonFile = None,
+) -> None:
     """Say what is installed, what does not fit together, and the command that mends it."""
     from rich.console import Console
 
-    from farskip_fused.doctor import examine
-    from farskip_fused.doctor.rendering import render
+    from farskip_fused.doctor import examine, rendering
 
     with Console(stderr=True).status("Looking around"):
         report = examine()
-    render(report)
+    if issue:
+        typer.echo(rendering.issue(report))
+    else:
+        rendering.render(report)
     write_json(json_file, report.to_dict())
     raise typer.Exit(0 if report.usable else 1)
 

@@ -167,11 +167,12 @@ def bench_vllm(
         list[str] | None, typer.Argument(help="qwen3-30b-a3b, deepseek-v2-lite; both by default.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=2, help="Measurements of a point.")] = 9,
+    ranks: Annotated[int, typer.Option(min=1, help="GPUs: tensor-parallel ranks, with the experts split.")] = 1,
     json_file: JsonFile = None,
 ) -> None:
     """Time prefill and decode in vLLM: a stock model, the same on our expert kernels, and with FarSkip wiring."""
     from farskip_fused.bench import vllm_bench as room
 
-    result = room.run(models or list(room.MODELS), rounds)
+    result = room.run(models or list(room.MODELS), rounds, ranks)
     room.render(result)
     write_json(json_file, result)

@@ -56,19 +56,26 @@ class Layout(NamedTuple):
 
 
 @triton.jit
-def _load_experts(experts, entry, end, NUM_EXPERTS: tl.constexpr):
-    """Expert of each entry before ``end``; -1 for none, -2 for ids out of range."""
+def _load_experts(experts, entry, end, NUM_EXPERTS: tl.constexpr, expert_map=None, map_size=0):
+    """Expert of each entry before ``end``; -1 for none, -2 for ids out of range, of the map where there is one."""
     expert = tl.load(experts + entry, mask=entry < end, other=-1)
+    if expert_map is not None:
+        mapped = (expert >= 0) & (expert < map_size)
+        found = tl.load(expert_map + expert, mask=mapped, other=-1)
+        expert = tl.where(mapped, found, tl.where(expert == -1, -1, NUM_EXPERTS))
     return tl.where((expert >= -1) & (expert < NUM_EXPERTS), expert, OUT_OF_RANGE).to(tl.int32)
 
 
 @triton.jit
-def count_entries(experts, first, end, NUM_EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, CHUNK: tl.constexpr):
+def count_entries(
+    experts, first, end, NUM_EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, CHUNK: tl.constexpr,
+    expert_map=None, map_size=0,
+):  # fmt: skip
     """How many of the entries [first, end) each expert has: [EXPERTS_PADDED]."""
     counts = tl.zeros((EXPERTS_PADDED,), tl.int32)
     for start in range(first, end, CHUNK):
         entry = start + tl.arange(0, CHUNK)
-        expert = _load_experts(experts, entry, end, NUM_EXPERTS)
+        expert = _load_experts(experts, entry, end, NUM_EXPERTS, expert_map, map_size)
         counts += tl.histogram(tl.maximum(expert, 0), EXPERTS_PADDED, mask=expert >= 0)
     return counts
 
@@ -102,12 +109,12 @@ def write_tiles(
 @triton.jit
 def place_entries(
     experts, order, places, starts, first, routed_end, end,
-    NUM_EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, CHUNK: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, CHUNK: tl.constexpr, expert_map=None, map_size=0,
 ):  # fmt: skip
     """Sort the entries [first, end), none of which is routed from ``routed_end`` on, to ``starts`` of their experts."""
     lane = tl.arange(0, CHUNK)
     for chunk in range(first, end, CHUNK):
-        expert = _load_experts(experts, chunk + lane, routed_end, NUM_EXPERTS)
+        expert = _load_experts(experts, chunk + lane, routed_end, NUM_EXPERTS, expert_map, map_size)
         # Expert and lane in one integer: its order is the stable one.
         key = tl.sort(tl.where(expert >= 0, expert, EXPERTS_PADDED - 1 - expert) * CHUNK + lane)
         expert, entry = key // CHUNK, chunk + key % CHUNK
@@ -122,23 +129,24 @@ def place_entries(
 
 
 @Kernel
-@triton.jit(do_not_specialize=["entries", "block_entries"])
+@triton.jit(do_not_specialize=["entries", "block_entries", "map_size"])
 def _count(
-    experts, block_counts, entries, block_entries,
+    experts, expert_map, map_size, block_counts, entries, block_entries,
     NUM_EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     first = block * block_entries
     end = tl.minimum(first + block_entries, entries)
-    counts = count_entries(experts, first, end, NUM_EXPERTS, EXPERTS_PADDED, CHUNK)
+    counts = count_entries(experts, first, end, NUM_EXPERTS, EXPERTS_PADDED, CHUNK, expert_map, map_size)
     expert = tl.arange(0, EXPERTS_PADDED)
     tl.store(block_counts + block * NUM_EXPERTS + expert, counts, mask=expert < NUM_EXPERTS)
 
 
 @Kernel
-@triton.jit(do_not_specialize=["entries", "block_entries", "capacity"])
+@triton.jit(do_not_specialize=["map_size", "entries", "block_entries", "capacity"])
 def _sort(
-    context, experts, block_counts, order, places, offsets, tiles, tile_count, entries, block_entries, capacity,
+    context, experts, expert_map, map_size, block_counts, order, places, offsets, tiles, tile_count, entries,
+    block_entries, capacity,
     NUM_EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, TILE_ROWS: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -148,7 +156,7 @@ def _sort(
     routed_end = end
     if block_counts is None:
         before = tl.zeros((EXPERTS_PADDED,), tl.int32)
-        counts = count_entries(experts, first, end, NUM_EXPERTS, EXPERTS_PADDED, CHUNK)
+        counts = count_entries(experts, first, end, NUM_EXPERTS, EXPERTS_PADDED, CHUNK, expert_map, map_size)
     else:
         expert = tl.arange(0, EXPERTS_PADDED)
         before = tl.zeros((EXPERTS_PADDED,), tl.int32)
@@ -169,7 +177,8 @@ def _sort(
             routed_end = tl.where(total > capacity, first, end)
     starts = write_tiles(counts, offsets, tiles, tile_count, block, blocks, NUM_EXPERTS, EXPERTS_PADDED, TILE_ROWS)
     place_entries(
-        experts, order, places, starts + before, first, routed_end, end, NUM_EXPERTS, EXPERTS_PADDED, CHUNK
+        experts, order, places, starts + before, first, routed_end, end, NUM_EXPERTS, EXPERTS_PADDED, CHUNK, expert_map,
+        map_size,
     )  # fmt: skip
 
 
@@ -182,26 +191,32 @@ def sort_received(
     each block of ``block_entries``. capacity: entries at most; more fail the context, and nothing is routed then.
     """
     layout = empty_layout(experts, block_counts.shape[1], capacity, tile_rows)
-    _launch_sort(layout, context, experts, block_counts, block_entries, LARGEST_CHUNK)
+    _launch_sort(layout, context, experts, None, block_counts, block_entries, LARGEST_CHUNK)
     return layout
 
 
-def local_layout(experts: Tensor, num_experts: int, tile_rows: int) -> Layout:
+def local_layout(experts: Tensor, num_experts: int, tile_rows: int, expert_map: Tensor | None = None) -> Layout:
     """Sort the entries of this rank's own tokens.
 
     experts: [T, K] integers; -1 is not routed, and neither are ids out of range, which ``places`` tells apart.
+    expert_map: int32, of each id the local expert, -1 for one elsewhere; ids are local ones where there is none.
     """
     entries = experts.numel()
     if entries <= SINGLE_PROGRAM_ENTRIES:
         layout = empty_layout(experts, num_experts, entries, tile_rows)
-        _launch_sort(layout, None, experts, None, entries, choose_chunk(entries))
+        _launch_sort(layout, None, experts, expert_map, None, entries, choose_chunk(entries))
         return layout
     block_entries = block_entries_of(entries)
     block_counts = new_block_counts(experts, block_entries, num_experts)
     _count[(block_counts.shape[0],)](
-        experts, block_counts, entries, block_entries, **entry_sizes(num_experts), CHUNK=LARGEST_CHUNK, num_warps=8
-    )
-    return sort_counted(experts, block_counts, block_entries, tile_rows)
+        experts, *_map(expert_map), block_counts, entries, block_entries, **entry_sizes(num_experts),
+        CHUNK=LARGEST_CHUNK, num_warps=8,
+    )  # fmt: skip
+    return sort_counted(experts, block_counts, block_entries, tile_rows, expert_map)
+
+
+def _map(expert_map: Tensor | None) -> tuple[Tensor | None, int]:
+    return expert_map, 0 if expert_map is None else expert_map.shape[0]
 
 
 def load_local_layout(device: torch.device, num_experts: int, tile_rows: int) -> None:
@@ -224,10 +239,12 @@ def can_stay_unsorted(tokens: int, top_k: int, num_experts: int) -> bool:
     return tokens == 1 or 0 < 4 * tokens * top_k <= num_experts
 
 
-def sort_counted(experts: Tensor, block_counts: Tensor, block_entries: int, tile_rows: int) -> Layout:
+def sort_counted(
+    experts: Tensor, block_counts: Tensor, block_entries: int, tile_rows: int, expert_map: Tensor | None = None
+) -> Layout:
     """``local_layout`` where ``block_counts`` [B, E] int32 has the entries of each expert in each block of entries."""
     layout = empty_layout(experts, block_counts.shape[1], experts.numel(), tile_rows)
-    _launch_sort(layout, None, experts, block_counts, block_entries, choose_chunk(block_entries))
+    _launch_sort(layout, None, experts, expert_map, block_counts, block_entries, choose_chunk(block_entries))
     return layout
 
 
@@ -261,12 +278,13 @@ def block_entries_of(entries: int) -> int:
 
 
 def _launch_sort(
-    layout: Layout, context: Tensor | None, experts: Tensor, block_counts: Tensor | None, block_entries: int, chunk: int
-) -> None:
+    layout: Layout, context: Tensor | None, experts: Tensor, expert_map: Tensor | None, block_counts: Tensor | None,
+    block_entries: int, chunk: int,
+) -> None:  # fmt: skip
     *tensors, tile_rows = layout
     sizes = entry_sizes(layout.offsets.shape[0] - 1)
     _sort[(1 if block_counts is None else block_counts.shape[0],)](
-        context, experts, block_counts, *tensors, experts.numel(), block_entries, layout.order.shape[0],
-        **sizes, TILE_ROWS=tile_rows, CHUNK=chunk, BLOCK_ROWS=max(8192 // sizes["EXPERTS_PADDED"], 1),
-        num_warps=8 if chunk == LARGEST_CHUNK else 4,
+        context, experts, *_map(expert_map), block_counts, *tensors, experts.numel(), block_entries,
+        layout.order.shape[0], **sizes, TILE_ROWS=tile_rows, CHUNK=chunk,
+        BLOCK_ROWS=max(8192 // sizes["EXPERTS_PADDED"], 1), num_warps=8 if chunk == LARGEST_CHUNK else 4,
     )  # fmt: skip

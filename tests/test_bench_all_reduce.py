@@ -55,7 +55,7 @@ def test_the_slowest_rank_counts_and_others_are_set_against_our_faster_form(caps
     rows = [*rows_of({ONE_SHOT: 4.0, TWO_SHOTS: 1.0}), row]
     all_reduce.render({"environment": {}, "missing": {"one": "why"}, "rows": rows, "crossings": []})
     printed = capsys.readouterr().out
-    assert "2.00x" in printed and "one: why" in printed and f"{NCCL}, without a graph" in printed
+    assert "2.00x" in printed and "one is left out: why" in printed and f"{NCCL}, without a graph" in printed
 
 
 def test_two_shots_are_faster_from_the_size_after_the_last_that_was_not(capsys):

@@ -1,6 +1,7 @@
 """What `farskip bench layer` counts, prints, draws and refuses; its attention; its stacks on CPU ranks."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from farskip_fused.bench.attention import Core, GroupedSizes, LatentSizes, make_
 from farskip_fused.bench.layer_ranks import DIRECTIONS, SHORT, Case, LayerShape, Measured, Stack, measure
 from farskip_fused.bench.layer_trace import TRACED, Interval
 from farskip_fused.bench.layer_ways import OVERLAPPED, WAYS
+from farskip_fused.bench.nccl_ways import NCCL_WAYS
 from farskip_fused.bench.shapes import Shape
 from farskip_fused.cli import main
 from farskip_fused.launch import run_ranks
@@ -182,14 +184,15 @@ def test_a_layers_turn_lasts_until_the_attention_of_the_next_and_is_drawn(tmp_pa
     assert drawn.count("<svg") == 1 and len(drawn) > 10_000
 
 
-def compare_on_rank(memory):
-    return Stack(memory, CASE).difference("paper", "fused", layers=1)
+def compare_on_rank(memory, way):
+    return Stack(memory, replace(CASE, nccl=way in NCCL_WAYS)).difference(way, "fused", layers=1)
 
 
 @pytest.mark.full
 @pytest.mark.rung2
-def test_whole_collectives_give_the_plain_definition_and_its_gradients():
-    assert max(run_ranks(compare_on_rank, 2)) < 1e-5
+@pytest.mark.parametrize("way", ["paper", *NCCL_WAYS])
+def test_whole_collectives_give_the_plain_definition_and_its_gradients(way):
+    assert max(run_ranks(compare_on_rank, 2, way)) < 1e-5
 
 
 def sent():
@@ -212,11 +215,12 @@ def routing_on_rank(memory):
 @pytest.mark.parametrize("by_put", [False, True], ids=["stores", "puts"])
 @pytest.mark.parametrize("shape", [LATENT, GROUPED], ids=["latent", "grouped"])
 def test_every_way_is_timed_equals_the_definition_and_is_traced(shape, by_put, tmp_path):
-    case = Case(shape, CASE.tokens, CASE.length, None, CASE.layers)
+    case = Case(shape, CASE.tokens, CASE.length, None, CASE.layers, nccl=not by_put)
     trace = tmp_path / "trace.json"
     measured = run_ranks(measure, 2, case, 1000, 2, str(trace), by_put=by_put, limit=900.0)
     for one, (dispatched, sums, rows) in zip(measured, sent(), strict=True):
-        assert set(one.times) == set(DIRECTIONS) and all(set(ways) == set(WAYS) for ways in one.times.values())
+        assert set(one.times) == set(DIRECTIONS)
+        assert all(set(ways) == {*WAYS, *(() if by_put else NCCL_WAYS)} for ways in one.times.values())
         for by_layers in (by_layers for ways in one.times.values() for by_layers in ways.values()):
             assert set(by_layers) == {SHORT, case.layers} and all(len(times) == 2 for times in by_layers.values())
         assert all(max(of.values()) < 1e-5 for of in one.differences.values())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
 
-from farskip_fused.bench import recovery, recovery_report
+from farskip_fused.bench import recovery, recovery_report, suite
 from farskip_fused.bench.recovery_subjects import FULL, TOY, build
 from farskip_fused.errors import UsageError
 
@@ -44,6 +45,23 @@ def test_units_done_are_not_done_again_and_the_rest_waits_for_time(bench, tmp_pa
     assert again.result("deepseek/b")["kl"] == 1.0
     with pytest.raises(UsageError, match="holds a run of other sizes"):
         recovery.Bench(tmp_path, FULL, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("left", [[], ["qwen/teacher"]])
+def test_the_suites_call_writes_results_once_nothing_is_left(tmp_path, monkeypatch, left):
+    (part,) = [one for one in suite.parts(1) if one.name == "recovery"]
+    file = tmp_path / "results.json"
+    monkeypatch.setattr(sys, "argv", ["recovery", *part.command[2:], "--json", str(file), "--state", str(tmp_path)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(recovery, "write", lambda *_: None)
+    monkeypatch.setattr(recovery.Bench, "run", lambda self, seconds: left)
+    monkeypatch.setattr(recovery.Bench, "result", lambda self, name: {"kl": 1.0, "solved": [True]})
+    recovery.main()
+    assert file.exists() == (not left)
+    if not left:
+        report = json.loads(file.read_text())
+        assert report["environment"]["torch"] == torch.__version__
+        assert report["units"]["deepseek/fcsd-0"] == {"kl": 1.0}
 
 
 def test_every_run_of_the_tables_is_a_unit(bench):

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
-from farskip_fused.doctor import Facts, collect, examine, judge
+from farskip_fused import cli
+from farskip_fused.doctor import Facts, Report, collect, examine, judge
 from farskip_fused.doctor.facts import COMPONENTS, Gpu, Unmet, _in_nvshmem
-from farskip_fused.doctor.rendering import render, rows
+from farskip_fused.doctor.rendering import issue, render, rows
 
 HOPPER = Gpu("H100", "90", 79.6)
 VERSIONS = {
@@ -172,6 +174,35 @@ def test_the_report_prints_each_command_on_a_line_of_its_own(capsys):
     assert f"  {long_command}\n" in out
     assert "is broken" in out
     assert all(name in out for name, _ in rows(report.facts))
+
+
+def test_an_issue_is_told_everything_but_the_home_directory(monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/me"))
+    facts = replace(
+        HEALTHY, checkout="/home/me/farskip", commit="abc1234-dirty", nccl="2.27.7", topology="GPU0 GPU1 NIC0\n",
+        nvcc_version="release 13.0", nvshmem_library="/home/me/lib/libnvshmem_host.so.3", gpus=[HOPPER, HOPPER],
+        variables={"NVSHMEM_HOME": "/home/me/lib"}, extension="missing",
+    )  # fmt: skip
+    text = issue(Report(facts, judge(facts)))
+    block, problems = text.removeprefix("```text\n").split("\n```\n")
+    assert all(name in block for name, _ in rows(facts))
+    for told in ("checkout at abc1234-dirty", "2.27.7", "GPU0 GPU1 NIC0", "nvcc (release 13.0)", "NVSHMEM_HOME=~/lib"):
+        assert told in block
+    assert block.count("sm_90") == 2 and "~/lib/libnvshmem_host.so.3" in block
+    assert problems.startswith("- broken: ") and "install --no-deps -e ~/farskip" in problems
+    assert "/home/me" not in text
+
+
+def test_an_issue_is_told_the_variables_that_matter_and_no_others(monkeypatch, capsys):
+    monkeypatch.setenv("FARSKIP_TUNED", "/somewhere/tuned.json")
+    monkeypatch.setenv("MY_TOKEN", "secret")
+    monkeypatch.delenv("NVSHMEM_HOME", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["doctor", "--issue"])
+    out = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert out.startswith("```text\nfarskip-fused ") and "FARSKIP_TUNED=/somewhere/tuned.json\n" in out
+    assert "secret" not in out and "NVSHMEM_HOME" not in out
 
 
 def test_a_requirement_that_is_not_met_is_found(monkeypatch):

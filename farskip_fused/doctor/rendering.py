@@ -1,4 +1,4 @@
-"""The report of ``farskip doctor`` on a terminal."""
+"""The report of ``farskip doctor`` on a terminal, and as a block of Markdown for an issue."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ def rows(facts: Facts) -> list[tuple[str, str]]:
     kernel_stack = [("triton", versions.pop("triton")), ("numpy", versions.pop("numpy"))]
     names = [f"{gpu.name} (sm_{gpu.architecture}, {gpu.memory:g} GiB)" for gpu in facts.gpus]
     unseen = [f"{name} (torch does not see it)" for name in facts.driver_gpus[len(names) :]]
+    package = facts.package or "not installed"
+    if facts.checkout:
+        package += f" (checkout{f' at {facts.commit}' if facts.commit else ''})"
     return [
-        ("farskip-fused", facts.package or "not installed"),
+        ("farskip-fused", package),
         ("extension _C", _EXTENSION[facts.extension]),
         ("Python", f"{facts.python}, {facts.platform}"),
         ("torch", torch),
@@ -34,13 +37,32 @@ def rows(facts: Facts) -> list[tuple[str, str]]:
         ("GPU", "\n".join(names + unseen) or "-"),
         ("NVIDIA driver", facts.driver or "-"),
         ("MPS", _MPS[facts.mps]),
+        ("NCCL", facts.nccl or "-"),
         *nvshmem.items(),
         ("NVSHMEM library", facts.nvshmem_library or "-"),
         ("NVSHMEM bitcode", ", ".join(Path(path).name for path in facts.bitcode) or "-"),
         *versions.items(),
-        ("C++ compiler", facts.compiler or "-"),
-        ("nvcc", facts.nvcc or "-"),
+        ("C++ compiler", _with_version(facts.compiler, facts.compiler_version)),
+        ("nvcc", _with_version(facts.nvcc, facts.nvcc_version)),
     ]
+
+
+def issue(report: Report) -> str:
+    """Markdown to paste into an issue: all facts with topology and environment variables, then the problems.
+
+    The user's home directory is written as ``~``.
+    """
+    facts = report.facts
+    lines = [f"{name:20} {value}".replace("\n", f"\n{'':21}") for name, value in rows(facts)]
+    lines += ["", *(f"{name}={value}" for name, value in facts.variables.items())] if facts.variables else []
+    lines += ["", facts.topology.rstrip()] if facts.topology else []
+    problems = [f"- {'broken' if one.broken else 'missing'}: {one.what} `{one.command}`" for one in report.problems]
+    text = "\n".join(["```text", *lines, "```", *problems])
+    return text.replace(f"{Path.home()}/", "~/")
+
+
+def _with_version(program: str | None, version: str | None) -> str:
+    return "-" if program is None else program if version is None else f"{program} ({version})"
 
 
 def render(report: Report) -> None:

@@ -109,6 +109,16 @@ def test_any_ids_are_ordinary_input(tokens, case):
     check(layout.local_layout(experts.to(DEVICE), 8, TILE_ROWS), experts, 8)
 
 
+@pytest.mark.parametrize("tokens", [100, 1100])
+def test_a_map_says_which_ids_are_local_and_where_they_stand(tokens):
+    experts = torch.randint(-2, 20, (tokens, 4), dtype=torch.int32)
+    of_id = torch.where(torch.rand(18) < 0.5, torch.arange(18) // 2, -1).to(torch.int32)
+    local = torch.where(experts == -1, -1, 9).to(torch.int32)  # 9 is out of range, as 18 and 19 and -2 are
+    known = (experts >= 0) & (experts < 18)
+    local[known] = of_id[experts[known].long()]
+    check(layout.local_layout(experts.to(DEVICE), 9, TILE_ROWS, of_id.to(DEVICE)), local, 9)
+
+
 def test_extreme_ids_are_not_routed():
     limits = torch.iinfo(torch.int32)
     experts = torch.tensor([[limits.min, 0, limits.max], [7, 8, -1]], dtype=torch.int32)

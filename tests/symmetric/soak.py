@@ -36,7 +36,8 @@ def soak(memory: ff.SymmetricMemory, first_pair: int, pairs: int, seed: int, sec
     """Run pairs of rounds until all are done or the time is over; returns how many were done, the same everywhere."""
     layers = [make_layers(memory, torch.float32, shape, **options) for shape, options in SHAPES]
     wrong = torch.zeros((), dtype=torch.int64, device=memory.device)
-    end = time.monotonic() + seconds
+    start = time.monotonic()
+    end = start + seconds
     for pair in range(first_pair, first_pair + pairs):
         common = torch.Generator().manual_seed(seed + pair)  # what all ranks must agree on
         own = torch.Generator().manual_seed(seed + 7919 * pair + 104729 * (memory.rank + 1))
@@ -49,6 +50,8 @@ def soak(memory: ff.SymmetricMemory, first_pair: int, pairs: int, seed: int, sec
             memory.synchronize()
             assert int(wrong) == 0, f"rank {memory.rank}: a result differs in pairs {pair - CHECK_EVERY + 1} to {pair}"
             # Whether to go on is decided by one rank: the others would wait for rounds that it never opens.
+            if memory.rank == 0:
+                print(f"{(pair + 1) * ROUNDS_OF_A_PAIR} rounds, {time.monotonic() - start:.0f} s", flush=True)
             if memory.gather(time.monotonic() > end)[0]:
                 return pair - first_pair + 1
     return pairs

@@ -100,13 +100,13 @@ class FarSkipExperts(mk.FusedMoEExpertsModular):
         apply_router_weight_on_input: bool,
     ) -> None:
         """w1 [local experts, 2I, hidden], w2 [local experts, hidden, I]; topk_weights, topk_ids [tokens, K]."""
-        if expert_map is not None:
-            topk_ids = torch.where(topk_ids < 0, -1, expert_map[topk_ids.clamp(min=0)])
         if apply_router_weight_on_input:  # by whoever prepared the input
             topk_weights = torch.ones_like(topk_weights)
         if hidden_states.is_cuda:
-            compute_experts(hidden_states, topk_ids, topk_weights, w1, w2, output)
+            compute_experts(hidden_states, topk_ids, topk_weights, w1, w2, output, expert_map)
         else:
+            if expert_map is not None:
+                topk_ids = torch.where(topk_ids < 0, -1, expert_map[topk_ids.clamp(min=0)])
             output.copy_(reference_experts(hidden_states, topk_ids, topk_weights, w1, w2))
 
 
