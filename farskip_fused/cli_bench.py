@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from types import ModuleType
+from typing import Annotated, Any
 
 import typer
 
@@ -75,8 +76,7 @@ def bench_comm(
     result = room.run(
         shapes or list(room.SHAPES), ranks or list(room.RANKS), sms or list(room.SMS), tokens or list(room.TOKENS)
     )
-    room.render(result)
-    write_json(json_file, result)
+    _report(room, result, json_file)
 
 
 @bench.command("all-reduce")
@@ -95,8 +95,7 @@ def bench_all_reduce(
     result = room.run(
         ranks or list(room.RANKS), sms or list(room.SMS), hidden or list(room.HIDDEN), tokens or list(room.TOKENS)
     )
-    room.render(result)
-    write_json(json_file, result)
+    _report(room, result, json_file)
 
 
 @bench.command("fused")
@@ -118,9 +117,7 @@ def bench_fused(
         shapes or list(room.SHAPES), ranks or list(room.RANKS), link or list(room.LINKS), sms or [None],
         tokens or list(room.TOKENS),
     )  # fmt: skip
-    room.render(result)
-    write_json(json_file, result)
-    raise typer.Exit(1 if result["failed"] else 0)
+    _report(room, result, json_file)
 
 
 @bench.command("layer")
@@ -156,9 +153,7 @@ def bench_layer(
         shapes or list(room.SHAPES), ranks or list(room.RANKS), link or list(room.LINKS), sms or [None],
         tokens or list(room.TOKENS), layers=layers, iterations=iterations, trace=trace, figure=figure,
     )  # fmt: skip
-    room.render(result)
-    write_json(json_file, result)
-    raise typer.Exit(1 if result["failed"] else 0)
+    _report(room, result, json_file)
 
 
 @bench.command("vllm")
@@ -174,5 +169,12 @@ def bench_vllm(
     from farskip_fused.bench import vllm_bench as room
 
     result = room.run(models or list(room.MODELS), rounds, ranks)
+    _report(room, result, json_file)
+
+
+def _report(room: ModuleType, result: dict[str, Any], json_file: Path | None) -> None:
+    """Print and write what was measured; exit code 1 where some of it failed."""
     room.render(result)
     write_json(json_file, result)
+    if result.get("failed"):
+        raise typer.Exit(1)
