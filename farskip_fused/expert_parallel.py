@@ -394,6 +394,7 @@ class Pending:
         """Wait for the results and return their weighted sum, shaped as the input; calls ``experts`` if nobody has.
 
         shared, residual: of the input's shape and dtype, added to it in the same kernel, in that order.
+        Raises RuntimeError when called twice; from this and the other steps PeerTimeout names a lost peer.
         """
         if self._finished:
             raise RuntimeError("finish() was called twice on one pending round; keep its first result.")

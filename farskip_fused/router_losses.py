@@ -23,6 +23,7 @@ def load_balancing_loss(
     logits: [T, E], or one for each layer; ids: [T, K] chosen experts, likewise. Layers are pooled before the product,
     as ``load_balancing_loss_func`` of transformers does it for Mixtral and Qwen.
     attention_mask: [batch, sequence] or [T], 0 for tokens that do not count.
+    Raises UsageError unless there are logits and ids of the same layers.
     """
     layers, choices = _layers(logits), _layers(ids)
     if len(layers) != len(choices) or not layers:
@@ -48,6 +49,7 @@ def sequence_balance_loss(
     logits: [batch, sequence, E]. scoring: the router's, "sigmoid" or "softmax".
     ids: [batch, sequence, K] experts that count as chosen; None for the paper's, the best scores without the bias.
     attention_mask: [batch, sequence], 0 for tokens that do not count.
+    Raises UsageError for logits of another shape and another scoring.
     """
     if logits.dim() != 3:
         raise UsageError(f"Logits {list(logits.shape)} were given; [batch, sequence, experts] is needed.")
