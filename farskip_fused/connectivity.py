@@ -72,7 +72,8 @@ class Connectivity:
             return name
         if name not in NAMES:
             raise UsageError(f"Unknown connectivity {name!r}; use one of {', '.join(NAMES)}.")
-        return getattr(cls, name)()
+        chosen: Connectivity = getattr(cls, name)()
+        return chosen
 
     @property
     def name(self) -> str:

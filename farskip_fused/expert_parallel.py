@@ -403,6 +403,6 @@ class Pending:
         self._finished = True
         shape = self._hidden_states.shape
         extras = [None if extra is None else aligned(extra.reshape(shape)) for extra in (shared, residual)]
-        result = Combine.apply(self._computed, self._top_k_weights, self._hidden_states, *extras, self._flight)
+        result: Tensor = Combine.apply(self._computed, self._top_k_weights, self._hidden_states, *extras, self._flight)
         self._flight.check()
         return result.reshape(self.output_shape)

@@ -72,7 +72,8 @@ def sequence_balance_loss(
         tokens = attention_mask.float().sum(dim=1, keepdim=True).clamp_min(1.0)
         mean_share = torch.where(attention_mask[..., None] != 0, shares, 0.0).sum(dim=1) / tokens
     frequency = chosen * (num_experts / top_k) / tokens
-    return (frequency * mean_share).sum(dim=1).mean()
+    loss: Tensor = (frequency * mean_share).sum(dim=1).mean()
+    return loss
 
 
 def router_z_loss(logits: Tensor | Sequence[Tensor], attention_mask: Tensor | None = None) -> Tensor:

@@ -97,7 +97,8 @@ class SplitMLP(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """This rank's part of the output, from [..., H], shaped as the input."""
         gate, up = self.gate_up(hidden_states).chunk(2, dim=-1)
-        return self.down(nn.functional.silu(gate) * up)
+        output: Tensor = self.down(nn.functional.silu(gate) * up)
+        return output
 
 
 class ReducedCarry:

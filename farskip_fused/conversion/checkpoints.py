@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -53,7 +53,7 @@ def load(path: str | os.PathLike[str], *, additions: str = "stock", **from_pretr
             raise UsageError(f"{stored.path} is not complete: {kind} tensors {some(names)}.")
     if "experts_implementation" not in from_pretrained_kwargs:
         choose_kernels(model)
-    return set_additions(model, additions)
+    return cast(PreTrainedModel, set_additions(model, additions))
 
 
 def convert_checkpoint(
