@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from farskip_fused.bench.plan_accuracy import replace_between
+from farskip_fused.bench.report import replace_between
 from farskip_fused.connectivity import Connectivity
 from farskip_fused.plan.rendering import LOOKS
 from farskip_fused.schedule import Action, backward_order, forward_order
