@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from farskip_fused import mps
 
@@ -112,7 +112,7 @@ def run_ranks_unchecked(
 def _outcome(pipe: Any, deadline: float) -> Outcome:
     try:
         if pipe.poll(max(0.0, deadline - time.monotonic())):
-            return pipe.recv()
+            return cast(Outcome, pipe.recv())
     except EOFError:
         pass
     return Outcome()

@@ -39,7 +39,7 @@ def lm_eval_scores(
             f"lm-eval knows no task {', '.join(unknown)}; see `lm-eval ls tasks`, or name a folder of yours."
         )
     scored = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),  # type: ignore[arg-type]
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
         tasks=list(tasks),
         task_manager=manager,
         limit=limit,
