@@ -7,11 +7,13 @@
 # make bench   set-up, then every benchmark of README's tables that this machine's GPUs allow, and the tables written
 #              anew; PARTS="experts layer" for some of them, PARTS=--help for their names
 # make dist    set-up, then source distribution and wheel in dist/
+# make docs    set-up, then the guides and the reference of the API as pages: build/docs/index.html
 # make demo    set-up, then the whole path on a small model: train, convert, recover, reload, split over processes
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.docs-installed
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 SGLANG := .venv-sglang
@@ -20,7 +22,7 @@ SGLANG_STAMP := $(SGLANG)/.installed
 OLDEST_TRITON := $(VENV)/triton-3.5
 GLUON_TRITON := $(VENV)/triton-3.6
 
-.PHONY: setup test test-full test-vllm test-sglang soak lint bench demo dist clean
+.PHONY: setup test test-full test-vllm test-sglang soak lint bench demo docs dist clean
 
 setup: $(STAMP)
 
@@ -80,6 +82,14 @@ bench: setup
 
 demo: setup
 	$(BIN)/farskip demo --output demo --overwrite
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --no-compile --disable-pip-version-check --quiet -c constraints-dev.txt -e '.[docs]'
+	@touch $@
+
+# Warnings are errors: a name that is gone, a link to nowhere, a docstring that cannot be read.
+docs: $(DOCS_STAMP)
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs build/docs
 
 # The wheel is made from the source distribution, so that it holds nothing that a checkout has besides.
 dist: setup

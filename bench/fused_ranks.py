@@ -25,13 +25,14 @@ from farskip_fused.bench.rounds import align, dispatch_with_routing, in_round, t
 from farskip_fused.bench.shapes import Shape, random_routing
 from farskip_fused.exchange_setup import WARM_UP_TOKENS, ExchangeOptions, set_up
 from farskip_fused.expert_parallel import Pending
-from farskip_fused.flight import Exchange, join
+from farskip_fused.flight import Exchange
 from farskip_fused.kernels import combine, dispatch, experts, experts_backward
 from farskip_fused.kernels.dispatch import Received, SendOrder
 from farskip_fused.kernels.experts_to_owner import project_to_owner
 from farskip_fused.kernels.layout import Layout
 from farskip_fused.kernels.protocol import Round, SlotRows
 from farskip_fused.symmetric import SymmetricMemory
+from farskip_fused.symmetric.interface import join
 from farskip_fused.symmetric.slots import SlotShape
 
 PARTS = ("dispatch + up", "down + combine", "layer forward", "layer backward")

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Build, check and demonstrate on GPUs, in one command; prints a table last. What is timed is bench/suite.py's.
-#   bench/gpu_check.sh [tests] [demo] [gpus] [sanitize]   the first two without arguments
+# Build, check and demonstrate on one GPU, in one command; prints a table last. What is timed is bench/suite.py's.
+#   bench/gpu_check.sh [tests] [demo] [sanitize]   the first two without arguments
 # tests, demo: on one GPU; world 1, then 2 and 4 NVSHMEM processing elements side by side under an MPS daemon of its own.
-# gpus: the tests of ranks with a GPU each, as many as there are. sanitize: every family of kernels once under
-# compute-sanitizer's memcheck and racecheck, with the card to itself. Changes no setting of the cards. Needs torch with
-# CUDA, Triton, nvshmem4py and a compiler; PYTHON names the interpreter (default python3).
+# sanitize: every family of kernels once under compute-sanitizer's memcheck and racecheck, with the card to itself. Changes
+# no setting of the cards. Ranks with a GPU each: multi_gpu.sh. Needs torch with CUDA, Triton, nvshmem4py and a compiler;
+# PYTHON names the interpreter (default python3).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -34,7 +34,6 @@ if wants tests; then
 fi
 wants demo && part demo 580 "$PYTHON" -m farskip_fused.cli demo --output "$OUT/demo" --overwrite &
 wait
-wants gpus && part gpus 500 $PYTEST --durations=5 -m 'rung4 and not full' tests
 if wants sanitize; then
   sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null ||
     "$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' | xargs -I{} find {}/nvidia -path '*/bin/compute-sanitizer' 2>/dev/null | head -n 1)

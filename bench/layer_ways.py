@@ -277,7 +277,7 @@ class MeasuredMoE(FusedMoE):
     def use_routing(self, ids: Tensor) -> None:
         self.gate = FixedIds(self.gate, ids)  # type: ignore[assignment]
 
-    def dispatch(self, *routed: Tensor, hold: bool = False) -> Any:  # type: ignore[override]
+    def dispatch(self, *routed: Tensor, hold: bool = False) -> Any:
         return self.way.start(*routed, self.w13, self.w2)
 
     def share_setup(self, other: MeasuredMoE) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farskip_fused.flight import Exchange, join
+from farskip_fused.flight import Exchange
 from farskip_fused.kernels import combine, dispatch
 from farskip_fused.kernels.dispatch import Received, SendOrder
 from farskip_fused.kernels.layout import Layout
 from farskip_fused.kernels.protocol import ROUTING_ARRIVAL, Round, announce, wait_arrival
+from farskip_fused.symmetric.interface import join
 
 
 def in_round(exchange: Exchange, step: Callable[[Round], Any]) -> Any:

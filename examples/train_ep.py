@@ -3,11 +3,12 @@
     torchrun --nproc-per-node 2 examples/train_ep.py run --steps 20            # on CPU, in Triton's interpreter
     torchrun --nproc-per-node 8 examples/train_ep.py run --device cuda --ep 4  # 2 replicas of the experts
 
-Called again with the same folder it goes on where it stopped, also with another --ep. Ranks that share a GPU need CUDA
+Called again with the same folder it goes on from there, also with another --ep. Ranks that share a GPU need CUDA
 MPS, and the other collectives are gloo's there, since NCCL refuses two ranks on one GPU.
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -80,8 +81,8 @@ def train(folder: Path, device: str, ep: int, steps: int, save_every: int) -> li
         for half in ("project", "attend"):
             register_fsdp_forward_method(layer.attention, half)
     fully_shard(model, mesh=everybody, ignored_params=set(experts))
-    dense = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
-    optimizer = torch.optim.AdamW([{"params": dense}, {"params": experts}], lr=3e-3)
+    dense = {"params": [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]}
+    optimizer = torch.optim.AdamW([dense, {"params": experts}], lr=3e-3)
     first, losses = 0, []
     if (folder / ".metadata").exists():
         state = training_state(model, optimizer, mesh) | {"step": 0}
@@ -108,12 +109,11 @@ def train(folder: Path, device: str, ep: int, steps: int, save_every: int) -> li
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path, help="of the checkpoint")
+    parser.add_argument("folder", type=Path)
     for name, default in {"device": "cpu", "ep": 2, "steps": 20, "save-every": 10}.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
-    arguments = parser.parse_args()
+    if (arguments := parser.parse_args()).device == "cuda":  # DeviceMesh expects a GPU for every rank
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.device_count() > 1 else "gloo")
-    losses = train(**vars(arguments))
-    if dist.get_rank() == 0:
-        print("\n".join(f"{loss:.4f}" for loss in losses))
+    print(*(f"{loss:.4f}\n" for loss in train(**vars(arguments)) if dist.get_rank() == 0), sep="", end="")
     dist.destroy_process_group()

@@ -44,18 +44,22 @@ class Connectivity:
 
     @classmethod
     def farskip(cls, depth: int = 1) -> Connectivity:
+        """Both parts skip: attention the routed experts of the layer before, the MLP its own layer's attention."""
         return cls(attention_reads_partial=True, mlp_reads_before_attention=True, depth=depth)
 
     @classmethod
     def standard(cls) -> Connectivity:
+        """That of stock models: neither part skips anything."""
         return cls(attention_reads_partial=False, mlp_reads_before_attention=False)
 
     @classmethod
     def attention_only(cls) -> Connectivity:
+        """Attention skips, the MLP does not."""
         return cls(attention_reads_partial=True, mlp_reads_before_attention=False)
 
     @classmethod
     def moe_only(cls) -> Connectivity:
+        """The MLP skips, attention does not."""
         return cls(attention_reads_partial=False, mlp_reads_before_attention=True)
 
     @classmethod
@@ -68,10 +72,12 @@ class Connectivity:
             return name
         if name not in NAMES:
             raise UsageError(f"Unknown connectivity {name!r}; use one of {', '.join(NAMES)}.")
-        return getattr(cls, name)()
+        chosen: Connectivity = getattr(cls, name)()
+        return chosen
 
     @property
     def name(self) -> str:
+        """One of ``NAMES``; the depth is not part of it."""
         return next(name for name in NAMES if getattr(type(self), name)() == replace(self, depth=1))
 
     @property
@@ -85,6 +91,7 @@ class Connectivity:
         return self.depth - 1
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields, for JSON."""
         return asdict(self)
 
 

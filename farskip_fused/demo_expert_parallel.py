@@ -82,4 +82,4 @@ def _logits_and_gradients(model: Any, tokens: Tensor, memory: ff.SymmetricMemory
 def _relative_error(values: list[Tensor], references: list[Tensor]) -> float:
     difference = sum(float((a - b).double().square().sum()) for a, b in zip(values, references, strict=True))
     size = sum(float(b.double().square().sum()) for b in references)
-    return (difference / size) ** 0.5
+    return float((difference / size) ** 0.5)

@@ -33,6 +33,7 @@ class ExchangeOptions:
     fp8: rows of the forward pass travel as e4m3 with a float32 scale for each 128 columns.
     max_pairs: (token, expert) pairs that the experts of a rank take in one call; more raise UsageError. None for as
         many as all tokens of all ranks can give, for which memory is then set aside.
+    Raises UsageError for values that cannot be, and for fp8 without ``keep_received``.
     """
 
     num_comm_sms: int | None = None

@@ -244,6 +244,7 @@ class Pending:
         """Wait for the results and return their weighted sum, shaped as the input; calls ``experts`` if nobody has.
 
         shared, residual: of the input's shape and dtype, added to it in the same kernel, in that order.
+        Raises RuntimeError when called twice; from this and the other steps PeerTimeout names a lost peer.
         """
         if self._finished:
             raise RuntimeError("finish() was called twice on one pending round; keep its first result.")
@@ -252,6 +253,6 @@ class Pending:
         self._finished = True
         shape = self._hidden_states.shape
         extras = [None if extra is None else aligned(extra.reshape(shape)) for extra in (shared, residual)]
-        result = Combine.apply(self._computed, self._top_k_weights, self._hidden_states, *extras, self._flight)
+        result: Tensor = Combine.apply(self._computed, self._top_k_weights, self._hidden_states, *extras, self._flight)
         self._flight.check()
         return result.reshape(self.output_shape)

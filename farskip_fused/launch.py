@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from farskip_fused import mps
 
@@ -115,7 +115,7 @@ def _context(device: str) -> SpawnContext | ForkServerContext:
 def _outcome(pipe: Any, deadline: float) -> Outcome:
     try:
         if pipe.poll(max(0.0, deadline - time.monotonic())):
-            return pipe.recv()
+            return cast(Outcome, pipe.recv())
     except EOFError:
         pass
     return Outcome()

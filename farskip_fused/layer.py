@@ -97,6 +97,7 @@ class OverlappedLayer(nn.Module):
     more than that of the connectivity, with activation checkpointing (which must be non-reentrant) at least twice that.
     shared_experts: a module on the MoE's normed input, or None. The first layer takes the embedding, the final norm
     takes ``carry.full()``. Every rank must run the same layers in the same order.
+    Raises TypeError for an attention without these methods, UsageError for a MoE with too few slots.
     """
 
     def __init__(

@@ -53,6 +53,7 @@ class FusedExperts(nn.Module):
         as it is. Compiled, a micro-batch's backward must come before the next one's forward.
     Parameters: w13 [E_local, 2I, H], gate rows, then up rows; w2 [E_local, H, I].
     ``setup`` must be called, on every rank, before the first ``forward``.
+    Raises UsageError or TypeError for impossible sizes, and for a device that is not that of ``ep``.
     """
 
     def __init__(
@@ -156,6 +157,7 @@ class FusedExperts(nn.Module):
     ) -> Pending | LocalPending:
         """Launch the dispatch of [T, H] to experts [T, K] (-1: not routed) with weights [T, K]; returns at once.
 
+        hidden_states: of the layer's dtype. top_k_index: integers. top_k_weights: floating point.
         hold: launch it with the experts' GEMMs only; for a caller that may do without it.
         Raises RuntimeError before ``setup``, TypeError for a wrong dtype, UsageError for a wrong shape or device, for
         more than ``max_tokens`` tokens and, on CPU, for ids out of range. A GPU finds those itself: with ``ep`` None
@@ -207,10 +209,10 @@ class FusedExperts(nn.Module):
 
 
 class FusedMoE(FusedExperts):
-    """Router and experts: from hidden states [..., H] to the routed experts' output of the same shape.
+    """Router and experts: from hidden states [..., H] to the routed experts' output of the same shape and dtype.
 
-    Arguments as for ``FusedExperts`` and ``Router``. Attribute ``gate``: the router, whose logits and choices
-    ``router.record_routing`` gives to the losses of training.
+    Arguments, parameters and errors are those of ``FusedExperts`` and, as ``gate``, of ``Router``, whose logits and
+    choices ``router.record_routing`` gives to the losses of training.
     """
 
     def __init__(
@@ -243,7 +245,10 @@ class FusedMoE(FusedExperts):
         self.gate.load(self.slot_shape.max_tokens)
 
     def start(self, hidden_states: Tensor, *, hold: bool = False) -> Pending | LocalPending:
-        """Gate, routing and the launch of dispatch; returns at once. hold: see ``dispatch``."""
+        """Gate, routing and the launch of dispatch of [..., H], of the layer's dtype; returns at once.
+
+        hold: see ``dispatch``, which also says what is raised.
+        """
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         self._check_input(flat)
         pending: Pending | LocalPending

@@ -37,6 +37,7 @@ class Router(nn.Module):
     correction_bias: a buffer ``e_score_correction_bias`` [E] added to the scores for the choice alone;
     ``router_losses.update_correction_bias`` moves it.
     Parameter: weight [E, H]. Must be the same on every rank.
+    Raises UsageError for another scoring, and for groups that the experts or ``top_k`` do not fit into.
     """
 
     e_score_correction_bias: Tensor | None
@@ -84,6 +85,7 @@ class Router(nn.Module):
         """From [T, H], of any floating dtype, to the whole ``Routing``.
 
         tile_rows: rows of a tile of the expert GEMMs that follow; 0 for no layout.
+        Raises UsageError for another shape.
         """
         if hidden_states.dim() != 2 or hidden_states.shape[1] != self.weight.shape[1]:
             raise UsageError(

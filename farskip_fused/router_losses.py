@@ -23,6 +23,7 @@ def load_balancing_loss(
     logits: [T, E], or one for each layer; ids: [T, K] chosen experts, likewise. Layers are pooled before the product,
     as ``load_balancing_loss_func`` of transformers does it for Mixtral and Qwen.
     attention_mask: [batch, sequence] or [T], 0 for tokens that do not count.
+    Raises UsageError unless there are logits and ids of the same layers.
     """
     layers, choices = _layers(logits), _layers(ids)
     if len(layers) != len(choices) or not layers:
@@ -48,6 +49,7 @@ def sequence_balance_loss(
     logits: [batch, sequence, E]. scoring: the router's, "sigmoid" or "softmax".
     ids: [batch, sequence, K] experts that count as chosen; None for the paper's, the best scores without the bias.
     attention_mask: [batch, sequence], 0 for tokens that do not count.
+    Raises UsageError for logits of another shape and another scoring.
     """
     if logits.dim() != 3:
         raise UsageError(f"Logits {list(logits.shape)} were given; [batch, sequence, experts] is needed.")
@@ -70,7 +72,8 @@ def sequence_balance_loss(
         tokens = attention_mask.float().sum(dim=1, keepdim=True).clamp_min(1.0)
         mean_share = torch.where(attention_mask[..., None] != 0, shares, 0.0).sum(dim=1) / tokens
     frequency = chosen * (num_experts / top_k) / tokens
-    return (frequency * mean_share).sum(dim=1).mean()
+    loss: Tensor = (frequency * mean_share).sum(dim=1).mean()
+    return loss
 
 
 def router_z_loss(logits: Tensor | Sequence[Tensor], attention_mask: Tensor | None = None) -> Tensor:

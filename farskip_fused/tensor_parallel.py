@@ -34,6 +34,7 @@ class SplitMoE(nn.Module):
         size, rank r holds experts [r * E_local, (r + 1) * E_local). routing_options: of ``Router``.
     Parameters: gate.weight [E, H], the same at every rank; w13 [E_local, 2I, H], gate rows, then up rows;
         w2 [E_local, H, I]; on the device of ``memory``.
+    Raises UsageError or TypeError for impossible sizes.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class SplitMoE(nn.Module):
         return pending
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """This rank's part of the routed experts' output, shaped as the input."""
         return self.start(hidden_states).finish()
 
 
@@ -79,6 +81,7 @@ class SplitMLP(nn.Module):
     """A SwiGLU MLP, such as shared experts, with this rank's share of the intermediate size.
 
     Parameters: gate_up.weight [2 I / W, H], the rank's gate rows, then its up rows; down.weight [H, I / W].
+    Raises UsageError if the intermediate size does not divide over the ranks.
     """
 
     def __init__(
@@ -92,8 +95,10 @@ class SplitMLP(nn.Module):
         self.down = nn.Linear(local, hidden_size, bias=False, device=memory.device, dtype=dtype)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """This rank's part of the output, from [..., H], shaped as the input."""
         gate, up = self.gate_up(hidden_states).chunk(2, dim=-1)
-        return self.down(nn.functional.silu(gate) * up)
+        output: Tensor = self.down(nn.functional.silu(gate) * up)
+        return output
 
 
 class ReducedCarry:
@@ -159,6 +164,7 @@ class TensorParallelLayer(nn.Module):
     blocking: wait for each all-reduce where it is launched; the results are the same.
     The first layer takes the embedding [..., H], each other one the ``ReducedCarry`` before it, which it uses up; the
     final norm takes ``carry.full()``. Every rank must run the same layers in the same order, under torch.no_grad().
+    Raises TypeError for an attention or MoE without these methods, UsageError for another connectivity.
     """
 
     def __init__(
@@ -191,6 +197,11 @@ class TensorParallelLayer(nn.Module):
         self.all_reduce, self.next_reads_partial, self.blocking = all_reduce, next_reads_partial, blocking
 
     def forward(self, carry: ReducedCarry | Tensor) -> ReducedCarry:
+        """carry: what the layer before returned, or the embedding [..., H].
+
+        Raises UsageError if this layer's attention reads a stream that the layer before cannot give, see
+        ``next_reads_partial``, and what ``AllReduce.start`` raises.
+        """
         run = _Pass(self, ReducedCarry(carry) if isinstance(carry, Tensor) else carry)
         for action in tensor_parallel_order(self.connectivity, self.next_reads_partial):
             if action.waits_for is not None:

@@ -59,6 +59,7 @@ class TokenExchange:
     options: how rows travel. ``combine`` is "presummed" whatever it says; ``keep_received`` must stay True, as received
         rows belong to the caller.
     ``setup`` must be called, on every rank, before the first round.
+    Raises UsageError or TypeError for impossible sizes, UsageError for ``keep_received=False``.
     """
 
     def __init__(

@@ -54,7 +54,8 @@ def choose(entries: int, rows: Tensor, w13: Tensor) -> Choice | None:
     """The measured choice for ``entries`` of ``rows`` [., H] and the experts' ``w13``; None to follow the rules."""
     hidden, experts = rows.shape[-1], w13.shape[0]
     twice_intermediate = w13.shape[1] + w13.shape[2] - hidden  # whichever way it lies
-    for shape, choices in _active_table():
+    table: Table = _active_table()
+    for shape, choices in table:
         if shape == (w13.dtype, hidden, twice_intermediate // 2, experts):
             for most, choice in choices:
                 if most < 2 * entries <= 2 * most:
@@ -68,7 +69,7 @@ def tile_rows(entries: int, rows: Tensor, w13: Tensor) -> int:
     return choose_tile_rows(entries, w13.shape[0], w13.dtype) if choice is None else choice.tile_rows
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _active_table() -> Table:
     global _table
     if _table is None:

@@ -15,9 +15,14 @@ V2_LITE = "two-h200-layer-v2-lite.json"
 
 @pytest.fixture
 def folder(tmp_path):
-    """One file of layers, to which a test adds others."""
+    """One file of layers, without ways over NCCL, to which a test adds others."""
     shutil.copy(result_files.FOLDER / V2_LITE, tmp_path)
+    add(tmp_path, V2_LITE, without_nccl)
     return tmp_path
+
+
+def without_nccl(report):
+    report["rows"] = [{key: row[key] for key in row if not key.startswith("nccl")} for row in report["rows"]]
 
 
 def add(folder, name, change):

@@ -48,7 +48,7 @@ class AttentionCall:
         }
         kept |= {there: arguments[here] for here, there in self.renamed if here in arguments}
         output = layer.get_submodule(self.module)(hidden_states=hidden_states, **kept)
-        return output[0] if self.in_tuple else output
+        return cast(Tensor, output[0] if self.in_tuple else output)
 
 
 @dataclass(frozen=True)
@@ -354,7 +354,7 @@ def _read_call(layer: nn.Module, function: ast.FunctionDef, line: ast.stmt, outp
 def _holds(layer: nn.Module, condition: str) -> bool:
     """Whether a condition that tells a layer's kind holds for this one."""
     if found := re.fullmatch(r"self\.block_type == '(\w+)'", condition):
-        return cast(Any, layer).block_type == found[1]
+        return bool(cast(Any, layer).block_type == found[1])
     if found := re.fullmatch(r"self\.(\w+) is not None", condition):
         return getattr(layer, found[1], None) is not None
     raise ValueError(f"it depends on {condition}, which is unknown here")

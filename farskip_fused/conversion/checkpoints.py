@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -53,7 +53,7 @@ def load(path: str | os.PathLike[str], *, additions: str = "stock", **from_pretr
             raise UsageError(f"{stored.path} is not complete: {kind} tensors {some(names)}.")
     if "experts_implementation" not in from_pretrained_kwargs:
         choose_kernels(model)
-    return set_additions(model, additions)
+    return cast(PreTrainedModel, set_additions(model, additions))
 
 
 def convert_checkpoint(
@@ -72,8 +72,10 @@ def convert_checkpoint(
     Writing a checkpoint with safetensors replaces a file instead of changing it, so saving a model over the target
     leaves the source as it is. ``target`` appears complete or not at all.
 
-    overwrite: replace an existing target; check: verify the tensors' names and shapes as ``check_checkpoint`` does,
-    before the target appears; on_file: called with every file once it is there.
+    source: a checkpoint directory. target: the directory to make. connectivity, layers: as ``convert`` takes them.
+    overwrite: replace an existing target.
+    check: verify the tensors' names and shapes as ``check_checkpoint`` does, before the target appears.
+    on_file: called with every file once it is there.
     Returns the report of ``describe``. Raises UsageError for bad arguments and checkpoints.
     """
     stored = read_checkpoint(source)

@@ -86,7 +86,7 @@ class GatedProjection(Rewired):
     gate: Tensor
 
     def forward(self, attended: Tensor) -> Tensor:
-        return super().forward(attended * self.gate)  # type: ignore[misc]
+        return cast(Tensor, super().forward(attended * self.gate))  # type: ignore[misc]
 
 
 class InstellaConfig(Rewired):

@@ -73,7 +73,7 @@ class FarSkipDecoder(Rewired):
         add = super()._deepstack_process  # type: ignore[misc]
         if isinstance(hidden_states, tuple):
             return Streams.of(add(stream, *args) for stream in Streams(*hidden_states).sums)
-        return add(hidden_states, *args)
+        return cast(Tensor, add(hidden_states, *args))
 
 
 def wire(

@@ -36,9 +36,9 @@ class Llama4Experts(Rewired):
     ) -> Tensor:
         """Without indices, what the stock class does."""
         if top_k_index is None:
-            return super().forward(hidden_states)  # type: ignore[misc]
+            return cast(Tensor, super().forward(hidden_states))  # type: ignore[misc]
         chosen = moe.ALL_EXPERTS_FUNCTIONS.get_interface(self.config._experts_implementation, type(self)._eager)
-        return chosen(self, hidden_states, top_k_index, top_k_weights)
+        return cast(Tensor, chosen(self, hidden_states, top_k_index, top_k_weights))
 
     def _eager(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """All experts on all rows, zeros where a row is not routed, as the stock block does; bit-equal to it."""
@@ -78,7 +78,7 @@ def split_block(block: Any, flat: Tensor) -> Tensor:
     rows = (flat[:, None] * scores.gather(1, index)[..., None]).flatten(0, 1)
     # The scores are in the rows, so every row is one of its own.
     ones = torch.ones(rows.shape[0], 1, device=rows.device)
-    routed = block.experts(rows, index.reshape(-1, 1), ones)
+    routed: Tensor = block.experts(rows, index.reshape(-1, 1), ones)
     return routed if top_k == 1 else routed.view(-1, top_k, rows.shape[1]).sum(dim=1)
 
 

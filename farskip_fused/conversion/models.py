@@ -74,7 +74,8 @@ class FarSkipModel(Rewired):
         return super().prepare_distribute_model(distributed_config, *args, **kwargs)  # type: ignore[misc]
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        return super().get_correct_experts_implementation(requested_experts or self._default_experts)  # type: ignore[misc]
+        wanted = requested_experts or self._default_experts
+        return cast(str, super().get_correct_experts_implementation(wanted))  # type: ignore[misc]
 
 
 def decoder_of(model: PreTrainedModel) -> Any:
@@ -97,7 +98,7 @@ def decoder_of(model: PreTrainedModel) -> Any:
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of a model, stock, converted or wrapped."""
-    return decoder_of(cast(PreTrainedModel, model)).layers
+    return cast(nn.ModuleList, decoder_of(cast(PreTrainedModel, model)).layers)
 
 
 def stock_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]] | None:

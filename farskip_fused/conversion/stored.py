@@ -30,7 +30,7 @@ class StoredCheckpoint:
 
     @property
     def is_farskip(self) -> bool:
-        return self.config["model_type"].startswith(TYPE_PREFIX)
+        return str(self.config["model_type"]).startswith(TYPE_PREFIX)
 
     @property
     def stock_type(self) -> str:

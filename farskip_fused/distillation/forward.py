@@ -38,7 +38,7 @@ def hidden_states(model: nn.Module, blocks: Blocks) -> Tensor:
 
 
 def head_of(model: nn.Module) -> nn.Linear:
-    return cast(Any, model).get_output_embeddings()
+    return cast(nn.Linear, cast(Any, model).get_output_embeddings())
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -124,7 +124,7 @@ def _in_place_of(head: nn.Linear, function: Callable[[Tensor], Tensor]) -> Itera
         if before is None:
             del head.forward
         else:
-            head.forward = before  # type: ignore[method-assign, assignment]
+            head.forward = before  # type: ignore[method-assign]
 
 
 @contextmanager

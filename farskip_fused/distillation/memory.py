@@ -71,7 +71,7 @@ def loss_bytes(
             loss = lambda: kl_divergence(student, heads[0], teacher, heads[1], chunk_size)  # noqa: E731
         with _Peak([student, teacher, *(head.weight for head in heads)]) as peak:
             loss().backward()
-    return peak.most
+    return int(peak.most)
 
 
 def naive_kl_divergence(student: Tensor, student_head: nn.Linear, teacher: Tensor, teacher_head: nn.Linear) -> Tensor:

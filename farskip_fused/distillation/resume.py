@@ -62,7 +62,7 @@ class Checkpoints:
     def progress(self) -> dict[str, Any]:
         """That of the last state. UsageError if it belongs to another training."""
         place = self._last()
-        record = json.loads((place / PROGRESS).read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads((place / PROGRESS).read_text(encoding="utf-8"))
         if record.pop("fingerprint") != self.fingerprint:
             raise UsageError(
                 f"{place} belongs to a training with another model, data, configuration or number of ranks; go on with"

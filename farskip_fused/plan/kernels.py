@@ -114,7 +114,7 @@ class Machine:
 
 
 def _norm(arithmetic: float, traffic: float) -> float:
-    return (arithmetic**OVERLAP + traffic**OVERLAP) ** (1 / OVERLAP)
+    return float((arithmetic**OVERLAP + traffic**OVERLAP) ** (1 / OVERLAP))
 
 
 @lru_cache(maxsize=4096)

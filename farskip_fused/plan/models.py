@@ -108,7 +108,7 @@ def _of(config: Mapping[str, Any], *keys: str) -> int:
 
 def _leading_dense(config: Mapping[str, Any], layers: int) -> int:
     kinds = config.get("mlp_layer_types")
-    return kinds.count("sparse") if kinds else layers - config.get("first_k_dense_replace", 0)
+    return int(kinds.count("sparse") if kinds else layers - config.get("first_k_dense_replace", 0))
 
 
 def _one_leading_dense(config: Mapping[str, Any], layers: int) -> int:

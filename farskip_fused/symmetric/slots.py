@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -171,7 +171,7 @@ def open_once(memory: SymmetricMemory, shape: Any, make: Callable[[], Opened]) -
             if other != shape:
                 raise UsageError(f"Rank {memory.rank} sets up {shape} and rank {rank} {other}; make the layers equal.")
         memory.buffers[shape] = make()
-    return memory.buffers[shape]
+    return cast(Opened, memory.buffers[shape])
 
 
 def open_slots(memory: SymmetricMemory, shape: SlotShape) -> Slots:

@@ -38,7 +38,7 @@ def lm_eval_scores(
             f"lm-eval knows no task {', '.join(unknown)}; see `lm-eval ls tasks`, or name a folder of yours."
         )
     scored = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),  # type: ignore[arg-type]
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),
         tasks=list(tasks),
         task_manager=manager,
         limit=limit,

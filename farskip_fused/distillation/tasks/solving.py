@@ -98,7 +98,8 @@ def continue_prompts(
         # A rounding may end a text sooner on one rank than on another, whose passes need all of them.
         synced_gpus=together,
     )
-    return tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+    texts: list[str] = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+    return texts
 
 
 def _encoded(tokenizer: Any, prompt: str) -> list[int]:
