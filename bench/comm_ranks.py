@@ -12,7 +12,7 @@ from farskip_fused.bench.pull import dispatch_by_pull
 from farskip_fused.bench.rounds import align, dispatch_with_routing, in_round, time_launches
 from farskip_fused.bench.shapes import Shape, random_routing
 from farskip_fused.exchange_setup import ExchangeOptions, set_up
-from farskip_fused.expert_parallel import Exchange
+from farskip_fused.flight import Exchange
 from farskip_fused.kernels import combine, dispatch
 from farskip_fused.kernels.dispatch import Received, SendOrder
 from farskip_fused.kernels.layout import Layout

@@ -24,7 +24,8 @@ from torch import Tensor
 from farskip_fused.bench.rounds import align, dispatch_with_routing, in_round, time_launches
 from farskip_fused.bench.shapes import Shape, random_routing
 from farskip_fused.exchange_setup import WARM_UP_TOKENS, ExchangeOptions, set_up
-from farskip_fused.expert_parallel import Exchange, Pending
+from farskip_fused.expert_parallel import Pending
+from farskip_fused.flight import Exchange
 from farskip_fused.kernels import combine, dispatch, experts, experts_backward
 from farskip_fused.kernels.dispatch import Received, SendOrder
 from farskip_fused.kernels.experts_to_owner import project_to_owner

@@ -24,7 +24,8 @@ from torch.autograd.function import once_differentiable
 
 from farskip_fused.bench.rounds import align, in_round
 from farskip_fused.exchange_setup import WARM_UP_TOKENS
-from farskip_fused.expert_parallel import Dispatch, Exchange, Flight, Pending
+from farskip_fused.expert_parallel import Dispatch, Pending
+from farskip_fused.flight import Exchange, Flight
 from farskip_fused.kernels import combine, dispatch, experts, experts_backward
 from farskip_fused.kernels.layout import Layout
 from farskip_fused.kernels.protocol import Round, SlotRows

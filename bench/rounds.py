@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farskip_fused.expert_parallel import Exchange
+from farskip_fused.flight import Exchange
 from farskip_fused.kernels import combine, dispatch
 from farskip_fused.kernels.dispatch import Received, SendOrder
 from farskip_fused.kernels.layout import Layout

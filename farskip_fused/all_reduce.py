@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from farskip_fused.checks import DTYPES, check_not_capturing, check_tokens
 from farskip_fused.errors import UsageError
-from farskip_fused.exchange_setup import WARM_UP_TOKENS, check_not_capturing, check_tokens, share_multiprocessors
+from farskip_fused.exchange_setup import WARM_UP_TOKENS, share_multiprocessors
 from farskip_fused.kernels import all_reduce
 from farskip_fused.kernels.all_reduce import ReduceRound, unit_of
 from farskip_fused.kernels.machine import INTERPRETED, aligned
-from farskip_fused.local_experts import DTYPES
 from farskip_fused.symmetric import SymmetricMemory
 from farskip_fused.symmetric.interface import join
 from farskip_fused.symmetric.local import LocalMemory

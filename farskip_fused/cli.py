@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 import typer
 
+from farskip_fused.cli_bench import bench
+from farskip_fused.cli_json import JsonFile, write_json
 from farskip_fused.connectivity import Connectivity
 from farskip_fused.errors import UsageError
 
@@ -22,27 +23,6 @@ app = typer.Typer(
 
 # The base of all wrong command lines. Typer does not export it: it is click's in older releases, its own in newer ones.
 CommandLineError = cast(type[typer.BadParameter], typer.BadParameter.__base__)
-
-
-def _checked_json_path(path: Path | None) -> Path | None:
-    """Refuses a path that cannot be written before the work of a command is done, not after."""
-    if path is not None and not path.parent.is_dir():
-        raise UsageError(f"--json {path}: the directory {path.parent} does not exist; create it or name another.")
-    if path is not None and path.is_dir():
-        raise UsageError(f"--json {path} is a directory; name a file.")
-    return path
-
-
-JsonFile = Annotated[
-    Path | None,
-    typer.Option("--json", metavar="FILE", callback=_checked_json_path, help="Write the result to FILE as JSON."),
-]
-
-
-def write_json(path: Path | None, report: Any) -> None:
-    """What every command does with its ``json_file: JsonFile = None``: write ``report`` there if a file was named."""
-    if path is not None:
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def _print_version(wanted: bool) -> None:
@@ -215,178 +195,7 @@ def demo(
     write_json(json_file, room.run(output, overwrite=overwrite))
 
 
-bench = typer.Typer(help="Microbenchmarks of the kernels; they need a GPU.")
 app.add_typer(bench, name="bench")
-
-
-@bench.command("experts")
-def bench_experts(
-    shapes: Annotated[
-        list[str] | None, typer.Argument(help="Named shapes or hidden,intermediate,experts,top_k; all by default.")
-    ] = None,
-    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of the rank; repeat for several.")] = None,
-    peer: Annotated[list[str] | None, typer.Option(help="grouped_mm, vllm, sonicmoe; all by default.")] = None,
-    skew: Annotated[bool, typer.Option(help="Zipf routing instead of uniform.")] = False,
-    decode: Annotated[bool, typer.Option(help="Small sizes under CUDA-graph replay, weights rotated.")] = False,
-    gemms: Annotated[bool, typer.Option(help="Our kernels one by one instead of whole layers.")] = False,
-    figure: Annotated[Path | None, typer.Option(help="Write the roofline to this PNG or SVG.")] = None,
-    json_file: JsonFile = None,
-) -> None:
-    """Time the expert layer on one rank beside dense cuBLAS, torch's grouped_mm, vLLM and SonicMoE."""
-    from farskip_fused.bench import experts as room
-    from farskip_fused.bench import peers, report
-
-    sizes = tokens or list(room.DECODE_TOKENS if decode else room.TOKENS)
-    names, found = shapes or list(room.SHAPES), peer or list(peers.PEERS)
-    result = room.run(names, sizes, found, skewed=skew, decode=decode, gemms=gemms)
-    report.render(result)
-    if figure is not None:
-        report.draw_roofline(result, figure)
-    write_json(json_file, result)
-
-
-@bench.command("tune")
-def bench_tune(
-    output: Annotated[Path, typer.Option(metavar="FILE", help="Table to write, or to add to.")],
-    shapes: Annotated[
-        list[str] | None, typer.Argument(help="Named shapes or hidden,intermediate,experts,top_k; all by default.")
-    ] = None,
-    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of a call; repeat for several.")] = None,
-    json_file: JsonFile = None,
-) -> None:
-    """Find the fastest block sizes of the expert layer's forward pass on this GPU; FARSKIP_TUNED=FILE applies them."""
-    from farskip_fused.bench import experts, tune
-
-    result = tune.run(shapes or list(experts.SHAPES), tokens or list(experts.DECODE_TOKENS), output)
-    tune.render(result, output)
-    write_json(json_file, result)
-
-
-@bench.command("comm")
-def bench_comm(
-    shapes: Annotated[
-        list[str] | None, typer.Argument(help="Named shapes or hidden,intermediate,experts,top_k; two by default.")
-    ] = None,
-    ranks: Annotated[list[int] | None, typer.Option(min=2, help="Ranks; repeat for several.")] = None,
-    sms: Annotated[list[int] | None, typer.Option(min=1, help="Multiprocessors a rank; repeat for several.")] = None,
-    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of a rank; repeat for several.")] = None,
-    json_file: JsonFile = None,
-) -> None:
-    """Time dispatch and combine between ranks, side by side on one GPU where there are not enough."""
-    from farskip_fused.bench import comm as room
-
-    result = room.run(
-        shapes or list(room.SHAPES), ranks or list(room.RANKS), sms or list(room.SMS), tokens or list(room.TOKENS)
-    )
-    room.render(result)
-    write_json(json_file, result)
-
-
-@bench.command("all-reduce")
-def bench_all_reduce(
-    ranks: Annotated[
-        list[int] | None, typer.Option(min=2, help="Ranks; repeat for several. 2 and 4 by default.")
-    ] = None,
-    sms: Annotated[list[int] | None, typer.Option(min=1, help="Multiprocessors a rank; repeat for several.")] = None,
-    hidden: Annotated[list[int] | None, typer.Option(min=1, help="Hidden size; repeat for several.")] = None,
-    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of a message; repeat for several.")] = None,
-    json_file: JsonFile = None,
-) -> None:
-    """Time all-reduces by size of the message: ours in one shot and two, NCCL's and torch's symmetric memory's."""
-    from farskip_fused.bench import all_reduce as room
-
-    result = room.run(
-        ranks or list(room.RANKS), sms or list(room.SMS), hidden or list(room.HIDDEN), tokens or list(room.TOKENS)
-    )
-    room.render(result)
-    write_json(json_file, result)
-
-
-@bench.command("fused")
-def bench_fused(
-    shapes: Annotated[
-        list[str] | None, typer.Argument(help="Named shapes or hidden,intermediate,experts,top_k; two by default.")
-    ] = None,
-    ranks: Annotated[list[int] | None, typer.Option(min=2, help="Ranks; repeat for several. 4 by default.")] = None,
-    link: Annotated[
-        list[str] | None,
-        typer.Option(help="none, nvlink4 or GB/s of a GPU; repeat for several. The first two by default."),
-    ] = None,
-    sms: Annotated[
-        list[int] | None,
-        typer.Option(min=1, help="Multiprocessors a rank that communication takes; repeat for several."),
-    ] = None,
-    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of a rank; repeat for several.")] = None,
-    json_file: JsonFile = None,
-) -> None:
-    """Time communication and GEMMs of the expert layer apart, one after the other and fused, between ranks."""
-    from farskip_fused.bench import fused as room
-
-    result = room.run(
-        shapes or list(room.SHAPES), ranks or list(room.RANKS), link or list(room.LINKS), sms or [None],
-        tokens or list(room.TOKENS),
-    )  # fmt: skip
-    room.render(result)
-    write_json(json_file, result)
-    raise typer.Exit(1 if result["failed"] else 0)
-
-
-@bench.command("layer")
-def bench_layer(
-    shapes: Annotated[
-        list[str] | None, typer.Argument(help="deepseek-v2-lite, qwen3-30b-a3b; both by default.")
-    ] = None,
-    ranks: Annotated[list[int] | None, typer.Option(min=2, help="Ranks; repeat for several. 4 by default.")] = None,
-    link: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="none, nvlink4, ib400, ib200 or GB/s of a GPU; repeat for several. The first two by default."
-        ),
-    ] = None,
-    sms: Annotated[
-        list[int] | None,
-        typer.Option(min=1, help="Multiprocessors a rank that communication takes; repeat for several."),
-    ] = None,
-    tokens: Annotated[
-        list[int] | None, typer.Option(min=1, help="Tokens of a rank; repeat for several. 4096 by default.")
-    ] = None,
-    layers: Annotated[int, typer.Option(min=3, help="Layers of the stack; a time is over all but two.")] = 8,
-    iterations: Annotated[int, typer.Option(min=2, help="Passes of each kind.")] = 20,
-    trace: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a Chrome/Perfetto trace of rank 0, of a single case.")
-    ] = None,
-    figure: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw one layer from that trace to this PNG or SVG.")
-    ] = None,
-    json_file: JsonFile = None,
-) -> None:
-    """Time decoder layers whose communication blocks, goes by streams or is fused, and how much of it they hide."""
-    from farskip_fused.bench import layer as room
-
-    result = room.run(
-        shapes or list(room.SHAPES), ranks or list(room.RANKS), link or list(room.LINKS), sms or [None],
-        tokens or list(room.TOKENS), layers=layers, iterations=iterations, trace=trace, figure=figure,
-    )  # fmt: skip
-    room.render(result)
-    write_json(json_file, result)
-    raise typer.Exit(1 if result["failed"] else 0)
-
-
-@bench.command("vllm")
-def bench_vllm(
-    models: Annotated[
-        list[str] | None, typer.Argument(help="qwen3-30b-a3b, deepseek-v2-lite; both by default.")
-    ] = None,
-    rounds: Annotated[int, typer.Option(min=2, help="Measurements of a point.")] = 9,
-    ranks: Annotated[int, typer.Option(min=1, help="GPUs: tensor-parallel ranks, with the experts split.")] = 1,
-    json_file: JsonFile = None,
-) -> None:
-    """Time prefill and decode in vLLM: a stock model, the same on our expert kernels, and with FarSkip wiring."""
-    from farskip_fused.bench import vllm_bench as room
-
-    result = room.run(models or list(room.MODELS), rounds, ranks)
-    room.render(result)
-    write_json(json_file, result)
 
 
 @app.command()

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from farskip_fused.errors import UsageError
-from farskip_fused.expert_parallel import Exchange
+from farskip_fused.flight import Exchange
 from farskip_fused.kernels import dispatch
 from farskip_fused.kernels.machine import INTERPRETED
 from farskip_fused.kernels.tiles import choose_tile_rows
-from farskip_fused.local_experts import DTYPES, check_ids
 from farskip_fused.schedule import COMMUNICATION
 from farskip_fused.symmetric import SymmetricMemory
 from farskip_fused.symmetric.slots import Slots, SlotShape, open_slots
@@ -52,41 +50,6 @@ class ExchangeOptions:
             raise UsageError(f"combine is {self.combine!r}; it must be 'direct' or 'presummed'.")
         if self.fp8 and not self.keep_received:
             raise UsageError("fp8 was given with keep_received=False; rows that travel as fp8 are kept widened.")
-
-
-def check_sizes(sizes: Mapping[str, int], world: int, dtype: torch.dtype) -> None:
-    """TypeError or UsageError unless the sizes, by their names, make a layer whose experts divide over the ranks."""
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} is {value!r}; an integer is needed.")
-        if value < 1:
-            raise UsageError(f"{name} is {value}; it must be at least 1.")
-    num_experts, top_k = sizes["num_experts"], sizes["top_k"]
-    if top_k > num_experts:
-        raise UsageError(f"top_k is {top_k} and there are only {num_experts} experts; lower top_k.")
-    if num_experts % world:
-        raise UsageError(f"{num_experts} experts do not divide over {world} ranks; choose a world size that does.")
-    if dtype not in DTYPES:
-        raise TypeError(f"The experts' dtype is {dtype}; use bfloat16, float16 or float32.")
-
-
-def check_tokens(tokens: int, max_tokens: int) -> None:
-    if tokens > max_tokens:
-        raise UsageError(f"{tokens} tokens were given; max_tokens is {max_tokens}, raise it or split.")
-
-
-def check_not_capturing(device: torch.device) -> None:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("setup() was called inside CUDA-graph capture; call it before.")
-
-
-def to_global_ids(top_k_index: Tensor, num_experts: int) -> Tensor:
-    """Expert ids as int32; UsageError for those out of range on CPU, on a GPU the kernels find them."""
-    check_ids(top_k_index, num_experts)
-    if top_k_index.dtype == torch.int32:
-        return top_k_index
-    limits = torch.iinfo(torch.int32)  # beyond them an id out of range would wrap around to a valid one
-    return top_k_index.clamp(limits.min, limits.max).to(torch.int32)
 
 
 def size_hint(shape: SlotShape, world: int) -> dict[str, int]:

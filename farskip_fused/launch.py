@@ -16,10 +16,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any, cast
 
 from farskip_fused import mps
+
+# torch._dynamo is what the first call of any operator of torch.library imports.
+PRELOADED = ["torch._dynamo", "torch.distributed", "farskip_fused.moe"]
 
 
 class RankFailed(RuntimeError):
@@ -45,6 +49,7 @@ def run_ranks(
     wait_timeout: float = 60.0,
     by_put: bool = False,
     symmetric: bool = True,
+    may_fail: bool = False,
 ) -> list[Any]:
     """Call ``function(memory, *args)`` on ``world`` ranks and return their results in order.
 
@@ -52,33 +57,11 @@ def run_ranks(
         "cuda:0" for side by side on that GPU even so.
     limit: seconds after which the ranks are killed. wait_timeout, by_put: see ``init``.
     symmetric: False to open no symmetric memory: the function is called with its rank's torch.device in its place.
-    function and args must be picklable (a function of a module). Raises RankFailed if a rank does not return.
+    may_fail: return the ``Outcome`` of each rank, also of one that failed.
+    function and args must be picklable (a function of a module). Ranks on CPU see the environment variables that were
+    set when the first such ranks of this process started. Raises RankFailed if a rank does not return.
     """
-    outcomes = run_ranks_unchecked(
-        function, world, *args,
-        device=device, limit=limit, wait_timeout=wait_timeout, by_put=by_put, symmetric=symmetric,
-    )  # fmt: skip
-    for rank, outcome in enumerate(outcomes):
-        if outcome.error is not None:
-            raise RankFailed(f"Rank {rank} of {world} raised {outcome.error}\n{outcome.traceback}")
-    for rank, outcome in enumerate(outcomes):
-        if not outcome.finished:
-            raise RankFailed(f"Rank {rank} of {world} died or was still running after {limit:g} s.")
-    return [outcome.result for outcome in outcomes]
-
-
-def run_ranks_unchecked(
-    function: Callable[..., Any],
-    world: int,
-    *args: Any,
-    device: str = "cpu",
-    limit: float = 300.0,
-    wait_timeout: float = 60.0,
-    by_put: bool = False,
-    symmetric: bool = True,
-) -> list[Outcome]:
-    """As ``run_ranks``, for ranks that are meant to fail: returns what became of each."""
-    context = multiprocessing.get_context("spawn")
+    context = _context(device)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="farskip-ranks-")))
         environment = _environment(world, device, stack)
@@ -100,13 +83,33 @@ def run_ranks_unchecked(
             pipes.append(receiver)
         deadline = time.monotonic() + limit
         try:
-            return [_outcome(pipe, deadline) for pipe in pipes]
+            outcomes = [_outcome(pipe, deadline) for pipe in pipes]
         finally:
             for process in processes:
                 process.join(timeout=max(0.0, min(10.0, deadline - time.monotonic())))
                 if process.is_alive():
                     process.kill()
                     process.join()
+    if may_fail:
+        return outcomes
+    # An error first: the ranks that wait for one that raised are killed.
+    for rank, outcome in enumerate(outcomes):
+        if outcome.error is not None:
+            raise RankFailed(f"Rank {rank} of {world} raised {outcome.error}\n{outcome.traceback}")
+    for rank, outcome in enumerate(outcomes):
+        if not outcome.finished:
+            raise RankFailed(f"Rank {rank} of {world} died or was still running after {limit:g} s.")
+    return [outcome.result for outcome in outcomes]
+
+
+def _context(device: str) -> SpawnContext | ForkServerContext:
+    """How ranks are started: on CPU forked from a server that has imported what takes longer than most of them run."""
+    if device != "cpu":
+        # CUDA is not to be forked, and MPS's variables must be there before anything is imported.
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def _outcome(pipe: Any, deadline: float) -> Outcome:
@@ -119,7 +122,7 @@ def _outcome(pipe: Any, deadline: float) -> Outcome:
 
 
 def _environment(world: int, device: str, stack: ExitStack) -> dict[str, str]:
-    if device == "cpu" or len({_gpu_of(rank, world, device) for rank in range(world)}) == world:
+    if device == "cpu" or len({gpu_of(rank, world, device) for rank in range(world)}) == world:
         return {}
     return {
         **stack.enter_context(mps.private_daemon()),
@@ -127,7 +130,7 @@ def _environment(world: int, device: str, stack: ExitStack) -> dict[str, str]:
     }
 
 
-def _gpu_of(rank: int, world: int, device: str) -> int:
+def gpu_of(rank: int, world: int, device: str) -> int:
     """Which GPU a rank takes."""
     import torch
 
@@ -181,7 +184,7 @@ def _rank_main(
             where = torch.device(device)
             torch.set_num_threads(1)
         else:
-            where = torch.device("cuda", _gpu_of(rank, world, device))
+            where = torch.device("cuda", gpu_of(rank, world, device))
             torch.cuda.set_device(where)
         rendezvous = dist.FileStore(store, world)
         dist.init_process_group("gloo", store=rendezvous, rank=rank, world_size=world)

@@ -8,20 +8,19 @@ up pre-activations, the router weights and the layout: 2 T H + 4 T K I bytes in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from farskip_fused import tuning
-from farskip_fused.errors import UsageError
+from farskip_fused.checks import check_experts, check_hidden_states, check_ids, check_routing
 from farskip_fused.kernels import experts, experts_backward, gather_sum, layout
 from farskip_fused.kernels.layout import Layout
 from farskip_fused.kernels.machine import aligned
 from farskip_fused.router import INITIAL_STD
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def new_experts(
@@ -76,15 +75,13 @@ def compute_experts(
     Trusts its arguments, has no gradient, and calls the kernels without operators in between, whose dispatch takes the
     host a third of the time of all launches.
     """
-    tokens, top_k = top_k_index.shape
-    ids, experts_count = aligned(_wide(top_k_index)), w13.shape[0]
-    if expert_map is None and layout.can_stay_unsorted(tokens, top_k, experts_count):
-        where = layout.unsorted_layout(ids)
+    ids = aligned(_wide(top_k_index))
+    if expert_map is None:
+        where = _arrange(hidden_states, ids, w13, layout.local_layout)
     else:
-        tile_rows = tuning.tile_rows(ids.numel(), hidden_states, w13)
-        where = layout.local_layout(ids, experts_count, tile_rows, expert_map)
+        where = _sort(hidden_states, ids, w13, partial(layout.local_layout, expert_map=expert_map))
     values, _ = _outputs(hidden_states, w13, w2, where, transposed=False, keep_gate_up=False)
-    _sum(values, top_k_weights.float(), where, experts_count, result)
+    _sum(values, top_k_weights.float(), where, w13.shape[0], result)
 
 
 def arrange_entries(hidden_states: Tensor, top_k_index: Tensor, w13: Tensor) -> Layout:
@@ -92,16 +89,27 @@ def arrange_entries(hidden_states: Tensor, top_k_index: Tensor, w13: Tensor) -> 
 
     Sorted, or, where that costs less and no backward pass can follow, as they are.
     """
-    tokens, top_k = top_k_index.shape
-    if torch.is_grad_enabled() or not layout.can_stay_unsorted(tokens, top_k, w13.shape[0]):
+    if torch.is_grad_enabled():
         return sort_entries(hidden_states, top_k_index, w13)
-    return layout.unsorted_layout(_wide(top_k_index))
+    return _arrange(hidden_states, _wide(top_k_index), w13, _expert_layout)
 
 
 def sort_entries(hidden_states: Tensor, top_k_index: Tensor, w13: Tensor) -> Layout:
     """The entries of ids [T, K] sorted by expert, for the GEMMs of hidden states [T, H] with ``w13``."""
-    tile_rows = tuning.tile_rows(top_k_index.numel(), hidden_states, w13)
-    order, places, offsets, tiles, tile_count = _expert_layout(top_k_index, w13.shape[0], tile_rows)
+    return _sort(hidden_states, top_k_index, w13, _expert_layout)
+
+
+def _arrange(hidden_states: Tensor, ids: Tensor, w13: Tensor, sort: Callable[..., Any]) -> Layout:
+    """The entries as they are, where that costs less than ``sort``."""
+    tokens, top_k = ids.shape
+    if layout.can_stay_unsorted(tokens, top_k, w13.shape[0]):
+        return layout.unsorted_layout(ids)
+    return _sort(hidden_states, ids, w13, sort)
+
+
+def _sort(hidden_states: Tensor, ids: Tensor, w13: Tensor, sort: Callable[..., Any]) -> Layout:
+    tile_rows = tuning.tile_rows(ids.numel(), hidden_states, w13)
+    order, places, offsets, tiles, tile_count = sort(ids, w13.shape[0], tile_rows)[:5]
     return Layout(order, places, offsets, tiles, tile_count, tile_rows)
 
 
@@ -168,70 +176,6 @@ def add_extras(result: Tensor, shared: Tensor | None, residual: Tensor | None) -
     if shared is not None:
         result = result + shared
     return result if residual is None else residual + result
-
-
-def check_experts(w13: Tensor, w2: Tensor, transposed: bool) -> None:
-    """UsageError or TypeError unless the two are contiguous weights of one set of experts."""
-    hidden_dim = 1 if transposed else 2
-    fits = w13.dim() == w2.dim() == 3 and w13.shape[3 - hidden_dim] == 2 * w2.shape[hidden_dim]
-    if not fits or w13.shape[0] != w2.shape[0] or w13.shape[hidden_dim] != w2.shape[3 - hidden_dim]:
-        needed = "[E, H, 2I] and [E, I, H]" if transposed else "[E, 2I, H] and [E, H, I]"
-        raise UsageError(f"w13 {list(w13.shape)} and w2 {list(w2.shape)} were given; they must be {needed}.")
-    if w13.dtype != w2.dtype or w13.dtype not in DTYPES:
-        raise TypeError(
-            f"w13 of {w13.dtype} and w2 of {w2.dtype} were given; both must be bfloat16, float16 or float32."
-        )
-    if w13.device != w2.device:
-        raise UsageError(f"w13 is on {w13.device} and w2 on {w2.device}; move one of them.")
-    for name, weight in (("w13", w13), ("w2", w2)):
-        if not weight.is_contiguous():
-            raise UsageError(f"{name} must be contiguous; assign a clone of it.")
-
-
-def check_hidden_states(hidden_states: Tensor, hidden_size: int, weight: Tensor) -> None:
-    """UsageError or TypeError unless they are [T, hidden_size] of the weight's dtype and device."""
-    shape = hidden_states.shape
-    if hidden_states.dim() != 2 or shape[1] != hidden_size:
-        raise UsageError(f"Hidden states {list(shape)} were given; [tokens, {hidden_size}] is needed.")
-    if hidden_states.dtype != weight.dtype:
-        raise TypeError(f"Hidden states of {hidden_states.dtype} were given; the experts are {weight.dtype}.")
-    if hidden_states.device != weight.device:
-        raise UsageError(f"Hidden states on {hidden_states.device} were given, experts on {weight.device}.")
-
-
-def check_routing(
-    tokens: int, top_k_index: Tensor, top_k_weights: Tensor, device: torch.device, top_k: int | None = None
-) -> None:
-    """UsageError or TypeError unless ids and weights are [tokens, top_k], integers and floating point, on ``device``.
-
-    top_k: None where any number will do.
-    """
-    needed = (tokens, top_k_index.shape[-1] if top_k is None and top_k_index.dim() else top_k)
-    if top_k_index.shape != needed or top_k_weights.shape != needed:
-        raise UsageError(
-            f"Expert ids {list(top_k_index.shape)} and weights {list(top_k_weights.shape)} were given; "
-            f"both must be [{tokens}, {'top_k' if top_k is None else top_k}]."
-        )
-    if top_k_index.is_floating_point() or not top_k_weights.is_floating_point():
-        raise TypeError(
-            f"Expert ids of {top_k_index.dtype} and weights of {top_k_weights.dtype} were given; ids must be "
-            "integers and weights floating point."
-        )
-    for name, tensor in (("Expert ids", top_k_index), ("Weights", top_k_weights)):
-        if tensor.device != device:
-            raise UsageError(f"{name} on {tensor.device} were given, experts on {device}.")
-
-
-def check_ids(top_k_index: Tensor, num_experts: int) -> None:
-    """UsageError if an id on the CPU is out of range; on a GPU that would wait for the device."""
-    if top_k_index.is_cuda:
-        return
-    ids = top_k_index.long()
-    if not bool(((ids >= -1) & (ids < num_experts)).all()):
-        raise UsageError(
-            f"Expert ids from {int(ids.min())} to {int(ids.max())} were given; they must be from 0 to "
-            f"{num_experts - 1}, or -1 for not routed."
-        )
 
 
 @torch.library.custom_op(

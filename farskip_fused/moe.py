@@ -8,26 +8,29 @@ import torch
 from torch import Tensor, nn
 
 from farskip_fused import tuning
+from farskip_fused.checks import (
+    check_experts,
+    check_hidden_states,
+    check_not_capturing,
+    check_routing,
+    check_sizes,
+    check_tokens,
+    to_global_ids,
+)
 from farskip_fused.errors import UsageError
 from farskip_fused.exchange_setup import (
     WARM_UP_TOKENS,
     ExchangeOptions,
-    check_not_capturing,
-    check_sizes,
-    check_tokens,
     set_up,
     size_hint,
-    to_global_ids,
 )
-from farskip_fused.expert_parallel import Exchange, Pending
+from farskip_fused.expert_parallel import Pending
+from farskip_fused.flight import Exchange
 from farskip_fused.kernels.layout import Layout
 from farskip_fused.kernels.machine import aligned
 from farskip_fused.local_experts import (
     LocalPending,
     arrange_entries,
-    check_experts,
-    check_hidden_states,
-    check_routing,
     new_experts,
 )
 from farskip_fused.router import Router

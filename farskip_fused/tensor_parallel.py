@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from farskip_fused.all_reduce import AllReduce, PendingSum
+from farskip_fused.checks import check_experts, check_hidden_states, check_sizes
 from farskip_fused.connectivity import Connectivity
 from farskip_fused.errors import UsageError
-from farskip_fused.exchange_setup import check_sizes
-from farskip_fused.local_experts import LocalPending, arrange_entries, check_experts, check_hidden_states, new_experts
+from farskip_fused.local_experts import LocalPending, arrange_entries, new_experts
 from farskip_fused.router import Router
 from farskip_fused.schedule import TENSOR_PARALLEL_CONNECTIVITIES, tensor_parallel_order
 from farskip_fused.symmetric import SymmetricMemory

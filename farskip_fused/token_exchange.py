@@ -19,25 +19,30 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from farskip_fused.checks import (
+    check_hidden_states,
+    check_not_capturing,
+    check_routing,
+    check_sizes,
+    check_tokens,
+    to_global_ids,
+)
 from farskip_fused.errors import UsageError
 from farskip_fused.exchange_setup import (
     WARM_UP_TOKENS,
     ExchangeOptions,
-    check_not_capturing,
-    check_sizes,
-    check_tokens,
     set_up,
     size_hint,
-    to_global_ids,
 )
-from farskip_fused.expert_parallel import Combine, Dispatch, Exchange, Flight
+from farskip_fused.expert_parallel import Combine, Dispatch
+from farskip_fused.flight import Exchange, Flight
 from farskip_fused.kernels import combine, dispatch, gather_sum
 from farskip_fused.kernels.combine import Extras
 from farskip_fused.kernels.dispatch import Received
 from farskip_fused.kernels.layout import Layout
 from farskip_fused.kernels.machine import aligned
 from farskip_fused.kernels.protocol import SlotRows
-from farskip_fused.local_experts import check_hidden_states, check_routing, is_recomputing
+from farskip_fused.local_experts import is_recomputing
 from farskip_fused.symmetric import SymmetricMemory
 from farskip_fused.symmetric.slots import MINIMUM_DEPTH, SlotShape
 

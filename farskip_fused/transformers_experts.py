@@ -12,8 +12,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from farskip_fused.checks import DTYPES
 from farskip_fused.errors import UsageError
-from farskip_fused.local_experts import DTYPES, fused_experts
+from farskip_fused.local_experts import fused_experts
 
 try:
     from transformers.integrations import moe

@@ -1,4 +1,6 @@
-"""Skips tests of a rung that this machine does not reach, with the reason; keeps every test off the network."""
+"""Skips tests of a rung that this machine does not reach, with the reason; keeps every test off the network and on one
+thread.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,27 @@ import importlib.util
 import pytest
 
 from farskip_fused.doctor.facts import mps_state
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """The models and layers of tests are slower on several threads, by far where cores are shared."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that were launched since the test began."""
+    from farskip_fused.kernels.launchable import Kernel
+
+    names: list[str] = []
+    launch = Kernel.__getitem__
+    monkeypatch.setattr(
+        Kernel, "__getitem__", lambda kernel, grid: names.append(kernel.function.fn.__name__) or launch(kernel, grid)
+    )
+    return names
 
 
 @cache

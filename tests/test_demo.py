@@ -30,12 +30,7 @@ TINY = demo.DemoSettings(
 def finished(tmp_path_factory):
     """Output directory and report of a miniature run."""
     output = tmp_path_factory.mktemp("demo") / "output"
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small are slower on several threads, by far where cores are shared
-    try:
-        return output, demo.run(output, settings=TINY)
-    finally:
-        torch.set_num_threads(before)
+    return output, demo.run(output, settings=TINY)
 
 
 def test_the_report_is_what_was_returned_with_all_keys(finished):

@@ -1,5 +1,7 @@
 """Tensor-parallel layers compute the plain definition of the streams, whole sub-layers on one rank, up to rounding."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from farskip_fused.launch import run_ranks
 from farskip_fused.schedule import ATTENTION_CORE, ATTENTION_PROJECTIONS, GATE, SHARED_EXPERTS, tensor_parallel_order
 from farskip_fused.symmetric.local import LocalMemory
 from farskip_fused.tensor_parallel import SplitMLP, SplitMoE, TensorParallelLayer
+from tests.capture import capture
 from tests.numerics import DEVICE, assert_close
 from tests.rungs import GPU_RUNGS, RUNGS
 
@@ -159,14 +162,7 @@ def replay(memory, replays):
     for stack in STACKS:
         _, layers, _ = make_stacks(memory, stack, True)
         embedding = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1)).to(memory.device)
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            run_layers(layers, embedding)
-        memory.synchronize()
-        memory.barrier()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = run_layers(layers, embedding)
+        graph, found = capture(memory, partial(run_layers, layers, embedding))
         for seed in range(replays):
             drawn = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(seed))
             embedding.copy_(drawn.to(memory.device))

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.integrations import moe
 
+from farskip_fused.checks import DTYPES
 from farskip_fused.conversion.rewired import Rewired
 from farskip_fused.kernels.machine import INTERPRETED
-from farskip_fused.local_experts import DTYPES
 from farskip_fused.transformers_experts import NAME, is_silu
 
 STOCK_CLASS, STOCK_BLOCK = "Llama4TextExperts", "Llama4TextMoe"

@@ -51,7 +51,7 @@ class Logs:
                 each.close()
 
 
-def progress_bar(console: Any, *, shown: bool = True) -> Progress:
+def progress_bar(console: Any) -> Progress:
     """With loss, tokens a second, most memory so far and the time that is left."""
     return Progress(
         TextColumn("{task.description}"),
@@ -60,7 +60,6 @@ def progress_bar(console: Any, *, shown: bool = True) -> Progress:
         TextColumn("loss {task.fields[loss]:.3f}, {task.fields[speed]:,.0f} tokens/s{task.fields[memory]}"),
         TimeRemainingColumn(),
         console=console,
-        disable=not shown,
     )
 
 

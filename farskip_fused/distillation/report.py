@@ -34,9 +34,9 @@ class DistillationReport:
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds
 
-    def final_loss(self, share: float = 0.1) -> float:
-        """Mean loss of the last steps, by which sweeps compare."""
-        last = self.losses[-max(1, round(share * len(self.losses))) :]
+    def final_loss(self) -> float:
+        """Mean loss of the last tenth of the steps, by which sweeps compare."""
+        last = self.losses[-max(1, round(0.1 * len(self.losses))) :]
         return sum(loss for _, loss in last) / len(last)
 
     def to_dict(self) -> dict[str, Any]:

@@ -35,6 +35,7 @@ LOOKS = {
     "combine_gradients": ("c", "#756bb1"),
 }
 WIDTH = 62
+MOST_SPLITS = 16  # rows of a sweep
 
 
 def title(job: Job) -> str:
@@ -144,7 +145,7 @@ def _layers(prediction: Prediction) -> Table:
     return table
 
 
-def render_sweep(found: Sweep, console: Console | None = None, most: int = 16) -> None:
+def render_sweep(found: Sweep, console: Console | None = None) -> None:
     console, first = console or Console(), found.predictions[0].job
     console.print(
         Text(
@@ -155,7 +156,7 @@ def render_sweep(found: Sweep, console: Console | None = None, most: int = 16) -
     )
     table = Table("EP", "TP", "DP", "batch", "blocking", "standard", first.connectivity, "gain", "range", "tokens/s")
     table.box = None
-    for one in found.predictions[:most]:
+    for one in found.predictions[:MOST_SPLITS]:
         job = one.job
         table.add_row(
             *map(str, (job.ep, job.tp, job.dp, job.batch)),

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from farskip_fused.errors import PeerTimeout, UsageError
@@ -144,3 +145,19 @@ class SymmetricMemory(ABC):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.check()
+
+
+class GroupMemory(SymmetricMemory):
+    """Among the processes of a torch.distributed group, which the host's part goes through."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout: float) -> None:
+        self.group = group
+        super().__init__(dist.get_rank(group), dist.get_world_size(group), device, timeout)
+
+    def gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.group)

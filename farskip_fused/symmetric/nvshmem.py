@@ -16,14 +16,14 @@ import torch.distributed as dist
 from triton import knobs
 
 from farskip_fused.errors import UsageError
-from farskip_fused.symmetric.interface import SymmetricBuffer, SymmetricMemory
+from farskip_fused.symmetric.interface import GroupMemory, SymmetricBuffer
 
 ALIGNMENT = 256
 
 _open = False
 
 
-class NvshmemMemory(SymmetricMemory):
+class NvshmemMemory(GroupMemory):
     backend = "nvshmem"
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout: float, by_put: bool) -> None:
@@ -37,8 +37,7 @@ class NvshmemMemory(SymmetricMemory):
             raise UsageError(
                 f"The backend 'nvshmem' needs nvshmem4py ({error}); run: pip install 'farskip-fused[nvshmem-cu13]'."
             ) from error
-        self.group = group
-        super().__init__(dist.get_rank(group), dist.get_world_size(group), device, timeout)
+        super().__init__(group, device, timeout)
         # Inside a node no network card is touched; multicast objects cannot be bound twice on a shared GPU.
         if len(set(self.gather(socket.gethostname()))) == 1:
             os.environ.setdefault("NVSHMEM_REMOTE_TRANSPORT", "none")
@@ -82,14 +81,6 @@ class NvshmemMemory(SymmetricMemory):
         torch.cuda.synchronize(self.device)
         self.barrier()
         return SymmetricBuffer(memory, addresses)
-
-    def gather(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value, group=self.group)
-        return values
-
-    def barrier(self) -> None:
-        dist.barrier(group=self.group)
 
     def close(self) -> None:
         global _open

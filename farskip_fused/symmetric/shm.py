@@ -5,23 +5,22 @@ from __future__ import annotations
 import os
 import uuid
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
 
 from farskip_fused.errors import UsageError
-from farskip_fused.symmetric.interface import SymmetricBuffer, SymmetricMemory
+from farskip_fused.symmetric.interface import GroupMemory, SymmetricBuffer
 
 DIRECTORY = Path("/dev/shm")
 
 
-class SharedMemory(SymmetricMemory):
+class SharedMemory(GroupMemory):
     backend = "shm"
 
     def __init__(self, group: dist.ProcessGroup, timeout: float, by_put: bool) -> None:
-        self.group = group
-        super().__init__(dist.get_rank(group), dist.get_world_size(group), torch.device("cpu"), timeout)
+        super().__init__(group, torch.device("cpu"), timeout)
         # Mappings of the peers live as long as the memory itself; kernels know them by address only.
         self._mapped: list[torch.UntypedStorage] = []
         self._reach_by_put(set(range(self.world)) - {self.rank} if by_put else set(), {})
@@ -45,14 +44,6 @@ class SharedMemory(SymmetricMemory):
         self._mapped += storages
         memory = torch.empty(0, dtype=torch.uint8, device="cpu").set_(own)
         return SymmetricBuffer(memory, [storage.data_ptr() for storage in storages])
-
-    def gather(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value, group=self.group)
-        return values
-
-    def barrier(self) -> None:
-        dist.barrier(group=self.group)
 
     def close(self) -> None:
         self.buffers.clear()

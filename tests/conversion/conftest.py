@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -29,15 +29,6 @@ def families(fast: list[str] = TYPICAL, without: Collection[str] = ()) -> list[A
     """All families but some as parameters of a test, those that are not ``fast`` under the mark "full"."""
     chosen = [name for name in tiny_models.ALL if name not in without]
     return [name if name in fast else pytest.param(name, marks=pytest.mark.full) for name in chosen]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are slower on several threads, by far where cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from farskip_fused.distillation import DistillationConfig, save_trained, train_t
 from farskip_fused.distillation.data import Document
 from farskip_fused.distillation.early_stopping import Snapshot
 from farskip_fused.distillation.parallel import distribute
-from farskip_fused.distillation.tasks.solving import _continue
+from farskip_fused.distillation.tasks.solving import continue_prompts
 from farskip_fused.distillation.tasks.task import Task
 from farskip_fused.errors import UsageError
 from farskip_fused.launch import run_ranks
@@ -71,7 +71,7 @@ def write(memory, model, tokenizer):
     distribute(model := copy.deepcopy(model), "ep", 64)
     stops = ("",) if memory.rank else ()
     with torch.no_grad():
-        return _continue(model, tokenizer, [Task("", "def f", "", stops=stops)], 3, together=True)[0]
+        return continue_prompts(model, tokenizer, [Task("", "def f", "", stops=stops)], 3, together=True)[0]
 
 
 @pytest.mark.full
@@ -79,7 +79,7 @@ def write(memory, model, tokenizer):
 def test_ranks_that_stop_writing_at_different_times_wait_for_each_other(build):
     tokenizer = train_tokenizer([Document("text", "def f(x):\n    return x\n", "0")], 270)
     model = ff.convert(build(vocab_size=270, num_hidden_layers=2))
-    (alone,) = _continue(model, tokenizer, [Task("", "def f", "")], 3)
+    (alone,) = continue_prompts(model, tokenizer, [Task("", "def f", "")], 3)
     long, short = run_ranks(write, 2, model, tokenizer, limit=290.0)
     assert long == alone
     assert len(short) < len(long)

@@ -12,7 +12,7 @@ import farskip_fused as ff
 from farskip_fused.distillation import train_tokenizer
 from farskip_fused.distillation.data import Document
 from farskip_fused.distillation.tasks import function_tasks, human_eval_tasks, mbpp_tasks, pass_rate, training_documents
-from farskip_fused.distillation.tasks.functions import TEMPLATES, _check, _draw, _written
+from farskip_fused.distillation.tasks.functions import TEMPLATES, check_program, draw, written
 from farskip_fused.distillation.tasks.harness import lm_eval_scores
 from farskip_fused.distillation.tasks.sandbox import run_programs
 from farskip_fused.distillation.tasks.solving import metric
@@ -21,8 +21,8 @@ from farskip_fused.errors import UsageError
 
 
 def test_solutions_pass_their_checks_and_others_of_the_kind_do_not():
-    solved = [(*_written(template, parameters, random), _check_of(template, parameters, random))
-              for template, parameters, random in _draw(240, 0, for_test=True)]  # fmt: skip
+    solved = [(*written(template, parameters, random), check_of(template, parameters, random))
+              for template, parameters, random in draw(240, 0, for_test=True)]  # fmt: skip
     others = 0
     for prompt, solution, check in solved:
         exec(prompt + solution + check, {})
@@ -37,9 +37,9 @@ def test_solutions_pass_their_checks_and_others_of_the_kind_do_not():
     assert others > 1000
 
 
-def _check_of(template, parameters, random):
+def check_of(template, parameters, random):
     name = template.signature.partition("(")[0]
-    return _check(name, "".join(_written(template, parameters, random)), template, parameters, random)
+    return check_program(name, "".join(written(template, parameters, random)), template, parameters, random)
 
 
 def test_training_and_test_share_no_task_and_every_template_is_in_both():
@@ -178,22 +178,22 @@ def test_a_metric_says_at_once_that_programs_cannot_be_run(tokenizer, monkeypatc
 def test_a_converted_model_writes_with_padding_what_it_writes_alone(build):
     tokenizer = train_tokenizer([Document("text", "def f(x):\n    return x\n", "0")], 270)
     model = ff.convert(build(vocab_size=270))
-    from farskip_fused.distillation.tasks.solving import _continue
+    from farskip_fused.distillation.tasks.solving import continue_prompts
 
     tasks = [Task(str(n), "f" * n, "") for n in (1, 5, 9)]
-    together = _continue(model, tokenizer, tasks, 12)
-    assert together == [_continue(model, tokenizer, [task], 12)[0] for task in tasks]
+    together = continue_prompts(model, tokenizer, tasks, 12)
+    assert together == [continue_prompts(model, tokenizer, [task], 12)[0] for task in tasks]
     assert any(together)
 
 
 def test_writing_ends_at_a_stop(build):
     tokenizer = train_tokenizer([Document("text", "def f(x):\n    return x\n", "0")], 270)
     model = ff.convert(build(vocab_size=270))
-    from farskip_fused.distillation.tasks.solving import _continue
+    from farskip_fused.distillation.tasks.solving import continue_prompts
 
-    (whole,) = _continue(model, tokenizer, [Task("", "abc", "")], 24)
+    (whole,) = continue_prompts(model, tokenizer, [Task("", "abc", "")], 24)
     stop = whole[3:5]
-    (cut,) = _continue(model, tokenizer, [Task("", "abc", "", stops=(stop,))], 24)
+    (cut,) = continue_prompts(model, tokenizer, [Task("", "abc", "", stops=(stop,))], 24)
     assert stop in cut
     assert len(cut) < len(whole)
 

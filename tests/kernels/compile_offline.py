@@ -10,7 +10,9 @@ import itertools
 import json
 import multiprocessing
 import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -174,11 +176,22 @@ def plain_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
             yield f"rows={rows} {name}", step
 
 
+INSTRUCTIONS = {"warpgroup": "wgmma.mma_async", "warp": "mma.sync", "descriptor": "cp.async.bulk.tensor"}
+
+
 def describe(kernel: Any) -> dict[str, int]:
-    """Tensor-core instructions of a warpgroup and of a warp, spills and reloads, bytes of shared memory."""
-    sass = kernel.asm["sass"]
-    found = {name: len(re.findall(rf"\b{name}\b", sass)) for name in ("HGMMA", "HMMA", "STL", "LDL", "UTMALDG")}
-    return found | {"shared": kernel.metadata.shared}
+    """Tensor-core instructions of a warpgroup and of a warp, loads through descriptors; bytes of a thread's own memory,
+    where registers are spilled to, and of a block's shared memory.
+    """
+    found = {name: len(re.findall(rf"\b{re.escape(text)}\b", kernel.asm["ptx"])) for name, text in INSTRUCTIONS.items()}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        # Disassembling it would take as long as compiling it.
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    spilled = sum(int(found) for found in re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage))
+    return found | {"spilled": spilled, "shared": kernel.metadata.shared}
 
 
 def exchange_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
@@ -279,7 +292,8 @@ def compile_family(dtype_name: str, family: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    families = itertools.product(sys.argv[1:], ("routing", "hopper", "plain", "others", "exchange"))
+    # The longest first, so that the two processes end together.
+    families = itertools.product(sys.argv[1:], ("exchange", "routing", "hopper", "plain", "others"))
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
         rows = [row for found in pool.starmap(compile_family, families, chunksize=1) for row in found]
     print(json.dumps({"triton": triton.__version__, "gluon": hopper.HAS_GLUON, "variants": rows}))

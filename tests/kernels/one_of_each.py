@@ -15,14 +15,17 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 # tokens, hidden, intermediate, experts, top_k; then dtype and whether the weights are transposed.
 CALLS = [
-    ((150, 192, 320, 2, 2), HALF, False),  # Hopper's kernels: partial row and column tiles
-    ((150, 192, 320, 2, 2), HALF, True),
-    ((130, 64, 4096, 1, 1), HALF, False),  # they read a sorted copy
     ((150, 66, 70, 2, 2), HALF, False),  # plain Triton, 128 rows a tile
     ((100, 66, 70, 4, 2), HALF, True),  # 64
     ((60, 66, 70, 4, 2), HALF, False),  # 32
     ((9, 66, 70, 4, 2), HALF, False),  # 16
     ((60, 66, 70, 4, 2), torch.float32, False),
+]
+# To the interpreter they are plain ones that take long.
+CALLS_FOR_HOPPER = [
+    ((150, 192, 320, 2, 2), HALF, False),  # partial row and column tiles
+    ((150, 192, 320, 2, 2), HALF, True),
+    ((130, 64, 4096, 1, 1), HALF, False),  # they read a sorted copy
 ]
 
 
@@ -80,7 +83,7 @@ def call_all_reduce(memory: ff.SymmetricMemory) -> None:
 
 
 def main() -> None:
-    for shape, dtype, transposed in CALLS:
+    for shape, dtype, transposed in CALLS + (CALLS_FOR_HOPPER if DEVICE == "cuda" else []):
         call_experts(shape, dtype, transposed)
     call_experts((1, 66, 70, 4, 2), HALF, False, backward=False)  # unsorted
     layout.local_layout(torch.randint(0, 8, (1200, 2), device=DEVICE), 8, 16)  # several programs
@@ -89,7 +92,8 @@ def main() -> None:
     ff.FusedExperts.is_alone = False  # type: ignore[assignment,method-assign]  # a world of one takes the slots too
     memory = ff.init(device=DEVICE)
     call_layer(50, 66, ep=memory)
-    call_layer(600, 192, ep=memory)  # Hopper's kernels
+    if DEVICE == "cuda":
+        call_layer(600, 192, ep=memory)  # Hopper's kernels
     call_layer(50, 66, ep=memory, exchange=ff.ExchangeOptions(keep_received=False))
     call_layer(50, 66, ep=memory, exchange=ff.ExchangeOptions(combine="presummed"))
     call_layer(50, 66, ep=memory, exchange=ff.ExchangeOptions(fp8=True))

@@ -15,6 +15,7 @@ import farskip_fused as ff
 from farskip_fused import _C, reference
 from farskip_fused.kernels import layout
 from farskip_fused.local_experts import LocalPending
+from tests.capture import capture
 from tests.numerics import RELATIVE_ERROR, assert_close, relative_error
 
 
@@ -126,14 +127,18 @@ def compare_with_world_of_one(
     return {"rank": memory.rank, "worst_relative_error": worst}
 
 
-def delay(memory: ff.SymmetricMemory, worst: float) -> None:
-    """Now and then let this rank fall behind: its stream on a GPU, its process on a CPU."""
-    if torch.rand(()) < 0.2:
-        seconds = float(torch.rand(())) * worst
-        if memory.device.type == "cuda" and _C.has_cuda:
-            _C.hold(torch.cuda.current_stream().cuda_stream, 1, int(seconds * 1e6))
-        else:
-            time.sleep(seconds)
+def delay(
+    memory: ff.SymmetricMemory, worst: float, share: float = 0.2, generator: torch.Generator | None = None
+) -> None:
+    """In that share of the calls let this rank fall behind: its stream on a GPU, its process on a CPU."""
+    late, how_late = torch.rand(2, generator=generator).tolist()
+    if late >= share:
+        return
+    seconds = how_late * worst
+    if memory.device.type == "cuda" and _C.has_cuda:
+        _C.hold(torch.cuda.current_stream().cuda_stream, 1, int(seconds * 1e6))
+    else:
+        time.sleep(seconds)
 
 
 def replay_graphs(memory: ff.SymmetricMemory, replays: int, dtype: torch.dtype, shape: Shape) -> None:
@@ -153,16 +158,7 @@ def replay_graphs(memory: ff.SymmetricMemory, replays: int, dtype: torch.dtype, 
         return result, *torch.autograd.grad(result, (hidden, weights, split.w13, split.w2), gradient)
 
     for call in (forward, with_backward):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            call()
-        torch.cuda.current_stream().wait_stream(stream)
-        memory.synchronize()
-        memory.barrier()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = call()
+        graph, found = capture(memory, call)
         wrong = torch.zeros((), dtype=torch.int64, device=memory.device)
         for replay in range(replays):
             new_index, new_weights = random_routing(tokens, replay % 3, memory.device, shape)

@@ -17,17 +17,15 @@ from typing import Any
 import torch
 
 import farskip_fused as ff
-from farskip_fused import _C
-from farskip_fused.kernels import layout
 from farskip_fused.launch import run_ranks
-from farskip_fused.local_experts import LocalPending
+from tests.symmetric.rank_programs import Shape, delay, make_layers, start_alone
 
 MAX_TOKENS = 48
-# hidden, intermediate, experts, top-k; and how rows travel.
-SHAPES: tuple[tuple[tuple[int, int, int, int], dict[str, Any]], ...] = (
-    ((48, 40, 8, 3), {}),
-    ((33, 16, 4, 1), {}),
-    ((48, 24, 16, 4), {"keep_received": False}),
+# And how rows travel.
+SHAPES: tuple[tuple[Shape, dict[str, Any]], ...] = (
+    (Shape(48, 40, 8, 3, MAX_TOKENS), {}),
+    (Shape(33, 16, 4, 1, MAX_TOKENS), {}),
+    (Shape(48, 24, 16, 4, MAX_TOKENS), {"keep_received": False}),
 )
 ROUNDS_OF_A_PAIR = 4  # two forward, two for the gradients
 DELAYED, WORST_DELAY = 0.01, 0.05  # share of the phases, seconds
@@ -36,7 +34,7 @@ CHECK_EVERY = 25 if torch.cuda.is_available() else 5  # pairs; between checks a 
 
 def soak(memory: ff.SymmetricMemory, first_pair: int, pairs: int, seed: int, seconds: float) -> int:
     """Run pairs of rounds until all are done or the time is over; returns how many were done, the same everywhere."""
-    layers = [make_layers(memory, shape, options, seed) for shape, options in SHAPES]
+    layers = [make_layers(memory, torch.float32, shape, **options) for shape, options in SHAPES]
     wrong = torch.zeros((), dtype=torch.int64, device=memory.device)
     start = time.monotonic()
     end = start + seconds
@@ -57,23 +55,6 @@ def soak(memory: ff.SymmetricMemory, first_pair: int, pairs: int, seed: int, sec
             if memory.gather(time.monotonic() > end)[0]:
                 return pair - first_pair + 1
     return pairs
-
-
-def make_layers(
-    memory: ff.SymmetricMemory, shape: tuple[int, int, int, int], options: dict[str, Any], seed: int
-) -> tuple[ff.FusedExperts, ff.FusedExperts]:
-    """The same experts split over the ranks, and whole at every rank."""
-    split = ff.FusedExperts(*shape, ep=memory, max_tokens=MAX_TOKENS, exchange=ff.ExchangeOptions(**options))
-    whole = ff.FusedExperts(*shape, max_tokens=MAX_TOKENS, device=memory.device)
-    local = shape[2] // memory.world
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name in ("w13", "w2"):
-            weight = getattr(whole, name)
-            weight.copy_(torch.randn(weight.shape, generator=generator) / weight.shape[-1] ** 0.5)
-            getattr(split, name).copy_(weight[memory.rank * local : (memory.rank + 1) * local])
-    split.setup()
-    return split, whole
 
 
 def random_inputs(
@@ -109,15 +90,13 @@ def run(
     def start(which: int) -> Any:
         (split, whole), (hidden, weights), index = layers[which], leaves[which], inputs[which][1]
         if not alone:
-            delay(memory, own)
+            delay(memory, WORST_DELAY, DELAYED, own)
             return split.dispatch(hidden, index, weights)
-        # With the tiles of the layer on several ranks its GEMMs sum in the same order.
-        where = layout.local_layout(index.int().contiguous(), whole.num_experts, split._exchange.tile_rows)
-        return LocalPending(hidden, where, weights, whole.w13, whole.w2)
+        return start_alone(whole, split, hidden, index, weights)
 
     def then(step: Any) -> Any:
         if not alone:
-            delay(memory, own)
+            delay(memory, WORST_DELAY, DELAYED, own)
         return step()
 
     first = start(0)
@@ -130,17 +109,6 @@ def run(
     for split, whole in layers:
         split.zero_grad(), whole.zero_grad()
     return [*(output.detach() for output in outputs), *(leaf.grad for pair in leaves for leaf in pair)]
-
-
-def delay(memory: ff.SymmetricMemory, own: torch.Generator) -> None:
-    """Now and then let this rank fall behind: its stream on a GPU, its process on a CPU."""
-    late, how_late = torch.rand(2, generator=own).tolist()
-    if late >= DELAYED:
-        return
-    if memory.device.type == "cuda" and _C.has_cuda:
-        _C.hold(torch.cuda.current_stream().cuda_stream, 1, int(how_late * WORST_DELAY * 1e6))
-    else:
-        time.sleep(how_late * WORST_DELAY)
 
 
 def main() -> None:

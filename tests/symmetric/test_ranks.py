@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from farskip_fused import launch
-from farskip_fused.launch import RankFailed, run_ranks, run_ranks_unchecked
+from farskip_fused.launch import RankFailed, run_ranks
 from tests.rungs import CPU_IN_FULL, GPU_RUNGS, RUNGS
 from tests.symmetric import rank_programs, soak
 
@@ -89,8 +89,8 @@ def test_captured_passes_are_replayed_on_changing_inputs(device, world, shape):
 @pytest.mark.parametrize("device", CPU_IN_FULL)
 @pytest.mark.parametrize("phase", rank_programs.PHASES)
 def test_a_peer_that_goes_silent_is_named_within_the_bound(device, phase):
-    outcomes = run_ranks_unchecked(
-        rank_programs.lose_a_peer, 2, phase, False, device=device, wait_timeout=2.0, limit=240.0
+    outcomes = run_ranks(
+        rank_programs.lose_a_peer, 2, phase, False, device=device, wait_timeout=2.0, limit=240.0, may_fail=True
     )
     check_timeout(outcomes[0])
 
@@ -104,7 +104,7 @@ def test_a_peer_that_goes_silent_is_named_within_the_bound(device, phase):
     ],
 )
 def test_a_killed_peer_is_named_within_the_bound(phase):
-    outcomes = run_ranks_unchecked(rank_programs.lose_a_peer, 2, phase, True, wait_timeout=2.0, limit=240.0)
+    outcomes = run_ranks(rank_programs.lose_a_peer, 2, phase, True, wait_timeout=2.0, limit=240.0, may_fail=True)
     check_timeout(outcomes[0])
     assert not outcomes[1].finished
 
@@ -137,7 +137,7 @@ def test_layers_that_differ_between_ranks_are_refused(device):
 )
 def test_ranks_take_a_gpu_each_unless_there_are_too_few_or_one_is_named(monkeypatch, gpus, device, expected):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert [launch._gpu_of(rank, 2, device) for rank in range(2)] == expected
+    assert [launch.gpu_of(rank, 2, device) for rank in range(2)] == expected
 
 
 @pytest.mark.parametrize(("gpus", "expected"), [(1, 32), (4, 132)])

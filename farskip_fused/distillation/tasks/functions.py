@@ -119,23 +119,23 @@ TEMPLATES = (
 def function_tasks(count: int, seed: int = 0) -> list[Task]:
     """Different tasks to test with, the same for a seed; UsageError if there are not so many."""
     tasks = []
-    for template, parameters, randomness in _draw(count, seed, for_test=True):
+    for template, parameters, randomness in draw(count, seed, for_test=True):
         name = template.signature.partition("(")[0]
-        prompt, solution = _written(template, parameters, randomness)
-        tasks.append(Task(name, prompt, _check(name, prompt + solution, template, parameters, randomness)))
+        prompt, solution = written(template, parameters, randomness)
+        tasks.append(Task(name, prompt, check_program(name, prompt + solution, template, parameters, randomness)))
     return tasks
 
 
 def training_documents(count: int, seed: int = 0) -> list[Document]:
     """Solved tasks to train on, as documents; none of them is among those to test with."""
     documents = []
-    for template, parameters, randomness in _draw(count, seed, for_test=False):
-        text = "".join(_written(template, parameters, randomness))
+    for template, parameters, randomness in draw(count, seed, for_test=False):
+        text = "".join(written(template, parameters, randomness))
         documents.append(Document(template.signature, text, hashlib.sha256(text.encode()).hexdigest()))
     return documents
 
 
-def _draw(count: int, seed: int, *, for_test: bool) -> Iterator[tuple[Template, Parameters, random.Random]]:
+def draw(count: int, seed: int, *, for_test: bool) -> Iterator[tuple[Template, Parameters, random.Random]]:
     randomness = random.Random(f"{seed}, {for_test}")
     seen: set[str] = set()
     misses = 0
@@ -162,14 +162,14 @@ def _parameters(randomness: random.Random) -> Parameters:
     return Parameters(a, b, letter, other, randomness.choice(MARKS), randomness.choice(WORDS))
 
 
-def _written(template: Template, parameters: Parameters, randomness: random.Random) -> tuple[str, str]:
+def written(template: Template, parameters: Parameters, randomness: random.Random) -> tuple[str, str]:
     """The prompt, up to the docstring, and the rest of the function."""
     docstring = randomness.choice(template.docstrings).format(**vars(parameters))
     body = template.body.format(**vars(parameters))
     return f'def {template.signature}:\n    """{docstring}"""\n', f"    {body}\n"
 
 
-def _check(name: str, source: str, template: Template, parameters: Parameters, randomness: random.Random) -> str:
+def check_program(name: str, source: str, template: Template, parameters: Parameters, randomness: random.Random) -> str:
     """Assertions of what the solution returns."""
     scope: dict[str, Any] = {}
     exec(source, scope)  # generated above, not by a model

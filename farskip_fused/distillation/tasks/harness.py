@@ -18,7 +18,6 @@ def lm_eval_scores(
     *,
     folder: Path | None = None,
     limit: int | None = None,
-    batch: int = 8,
 ) -> dict[str, dict[str, float]]:
     """The scores of each task by metric.
 
@@ -39,7 +38,7 @@ def lm_eval_scores(
             f"lm-eval knows no task {', '.join(unknown)}; see `lm-eval ls tasks`, or name a folder of yours."
         )
     scored = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),
         tasks=list(tasks),
         task_manager=manager,
         limit=limit,

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,32 +39,21 @@ def run_programs(
     programs: Sequence[str],
     *,
     seconds: float = SECONDS,
-    memory: int = MEMORY,
-    workers: int | None = None,
-    on_program: Callable[[], None] = lambda: None,
 ) -> list[Outcome]:
-    """Runs Python programs beside each other; a program passes if it ends without an exception.
+    """Runs Python programs, as many at a time as there are cores; a program passes if it ends without an exception.
 
-    seconds: of wall and of processor time for each; memory: bytes of address space; workers: programs at a time, by
-    default the processor's cores. Raises UsageError where the kernel offers no seccomp filters.
+    seconds: of wall and of processor time for each; of address space each has ``MEMORY`` bytes. Raises UsageError where
+    the kernel offers no seccomp filters.
     """
     if sys.platform != "linux" or platform.machine() != "x86_64":
         raise UsageError(f"Programs are only run on Linux x86-64, not on {sys.platform} {platform.machine()}.")
 
-    def run(program: str) -> Outcome:
-        outcome = _run(program, place, seconds, memory)
-        on_program()
-        return outcome
-
-    with tempfile.TemporaryDirectory(prefix="farskip-sandbox-") as place, _pool(workers) as pool:
-        return list(pool.map(run, programs))
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    with tempfile.TemporaryDirectory(prefix="farskip-sandbox-") as place, pool:
+        return list(pool.map(lambda program: _run(program, place, seconds), programs))
 
 
-def _pool(workers: int | None) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)))
-
-
-def _run(program: str, place: str, seconds: float, memory: int) -> Outcome:
+def _run(program: str, place: str, seconds: float) -> Outcome:
     word = secrets.token_hex(16)
     command = [
         sys.executable,
@@ -74,7 +63,7 @@ def _run(program: str, place: str, seconds: float, memory: int) -> Outcome:
         str(Path(__file__).with_name("locked_in.py")),
         word,
         f"{seconds}",
-        f"{memory}",
+        f"{MEMORY}",
     ]
     process = subprocess.Popen(
         command,

@@ -63,7 +63,7 @@ def pass_rate(
     with eval_mode(model), torch.no_grad():
         for start in range(0, len(tasks), batch):
             part = tasks[start : start + batch]
-            written = _continue(model, tokenizer, part, max_new_tokens, together=together)
+            written = continue_prompts(model, tokenizer, part, max_new_tokens, together=together)
             programs += [task.program(text) for task, text in zip(part, written, strict=True)]
             on_batch(len(part))
     outcomes = run_programs(programs, seconds=seconds)
@@ -76,9 +76,10 @@ def metric(tokenizer: Any, tasks: Sequence[Task], **options: Any) -> Callable[[n
     return lambda model: pass_rate(model, tokenizer, tasks, **options).share
 
 
-def _continue(
+def continue_prompts(
     model: nn.Module, tokenizer: Any, tasks: Sequence[Task], max_new_tokens: int, *, together: bool = False
 ) -> list[str]:
+    """What the model writes after each task's prompt, up to a stop of its own."""
     ids, mask = _left_padded([_encoded(tokenizer, task.asked) for task in tasks], tokenizer.eos_token_id or 0)
     device = device_of(model)
     longest = getattr(cast(Any, model).config, "max_position_embeddings", None)

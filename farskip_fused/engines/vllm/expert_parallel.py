@@ -18,10 +18,12 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExpertsOrder
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
+from farskip_fused.checks import check_tokens
 from farskip_fused.engines.vllm import all_reduce, ranks, settings
 from farskip_fused.errors import UsageError
-from farskip_fused.exchange_setup import WARM_UP_TOKENS, ExchangeOptions, check_tokens, set_up
-from farskip_fused.expert_parallel import Exchange, Pending
+from farskip_fused.exchange_setup import WARM_UP_TOKENS, ExchangeOptions, set_up
+from farskip_fused.expert_parallel import Pending
+from farskip_fused.flight import Exchange
 from farskip_fused.kernels.machine import aligned
 from farskip_fused.symmetric import SymmetricMemory
 from farskip_fused.symmetric.slots import SlotShape

@@ -22,10 +22,11 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.platforms import current_platform
 
 from farskip_fused import reference
+from farskip_fused.checks import DTYPES
 from farskip_fused.engines.vllm import settings
 from farskip_fused.engines.vllm.expert_parallel import exchange_tokens
 from farskip_fused.errors import UsageError
-from farskip_fused.local_experts import DTYPES, compute_experts
+from farskip_fused.local_experts import compute_experts
 from farskip_fused.record import CLASS_PREFIX
 
 
