@@ -153,7 +153,7 @@ def layers() -> Iterator[tuple[str, dict[str, tuple[float, float]]]]:
         if report["environment"]["gpu"] not in CLUSTERS:
             continue
         cluster = find_cluster(CLUSTERS[report["environment"]["gpu"]])
-        collectives = {(row["link"], row["direction"]): row["collectives_ms"] for row in report["rows"]}
+        collectives = {(row["shape"], row["link"], row["direction"]): row["collectives_ms"] for row in report["rows"]}
         for row in report["rows"]:
             if row["link"] == "ib400":  # puts, whose rate the plan does not have
                 continue
@@ -167,7 +167,7 @@ def layers() -> Iterator[tuple[str, dict[str, tuple[float, float]]]]:
             streams, fused = (predict_once(replace(job, transport=way)).directions for way in ("streams", "fused"))
             forward = row["direction"] == "forward"
             passes = slice(1) if forward else slice(2)
-            moved = [collectives[row["link"], "forward"]]
+            moved = [collectives[row["shape"], row["link"], "forward"]]
             moved += [] if forward else [row["collectives_ms"] - moved[0]]
             predicted = {
                 "blocking": sum(one.blocking for one in streams[passes]),

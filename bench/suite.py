@@ -64,7 +64,7 @@ def parts(gpus: int) -> list[Part]:
         ranks = ("--ranks", str(world))
         sizes = ("--sms", "20", "--sms", "8", "--tokens", "4096", "--tokens", "128")
         found += [
-            Part("comm", world, "comm", (*CLI, "comm", v2_lite, *ranks, *sizes), 5, ("nvshmem",)),
+            Part("comm", world, "comm", (*CLI, "comm", *models, *ranks, *sizes), 8, ("nvshmem",)),
             Part("fused", world, "fused", (*CLI, "fused", v2_lite, *ranks, "--link", "none"), 5, ("nvshmem",)),
             Part("all-reduce", world, "all-reduce", (*CLI, "all-reduce", *ranks), 5, ("nvshmem",)),
         ]

@@ -63,6 +63,15 @@ def test_no_two_parts_write_the_same_file():
     assert {one.gpus for one in suite.parts(4)} == {1, 2, 4}
 
 
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("benchmark", ["layer-.*", "vllm-.*"])
+def test_every_file_that_a_table_of_several_takes_is_one_that_a_part_replaces(benchmark, several):
+    written = {(one.gpus, one.file) for one in EIGHT}
+    for found in result_files.find(benchmark, several=several):
+        machine = result_files.machine(found.report["environment"]["gpu"], found.gpus)
+        assert (found.gpus, found.path.stem.removeprefix(f"{machine}-")) in written
+
+
 def test_a_result_replaces_the_machines_file_and_sees_as_many_gpus_as_it_needs(checkout, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6")
     old = checkout / "results" / "two-h200-some.json"

@@ -6,6 +6,7 @@ from statistics import median
 import pytest
 
 from farskip_fused.bench import open_questions, plan_accuracy
+from farskip_fused.bench.result_files import find
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -20,6 +21,21 @@ def test_the_accuracy_table_is_what_the_command_prints():
 
 def test_the_table_of_layers_is_what_the_command_prints():
     assert between("plan-accuracy.md", "layers") == plan_accuracy.layer_table()
+
+
+def test_two_models_in_one_file_are_predicted_as_in_files_of_their_own(monkeypatch):
+    results = [found for found in find("layer-.*", several=True) if found.gpus == 4]
+    for found in results:
+        found.report["rows"] = [
+            row for row in found.report["rows"] if (row["link"], row["direction"]) == ("50", "forward")
+        ]
+    rows = [row for found in results for row in found.report["rows"]]
+    assert len({row["shape"] for row in rows}) == 2
+    together = results[0]._replace(report=results[0].report | {"rows": rows})
+    monkeypatch.setattr(plan_accuracy, "find", lambda *_, **__: results)
+    apart = list(plan_accuracy.layers())
+    monkeypatch.setattr(plan_accuracy, "find", lambda *_, **__: [together])
+    assert list(plan_accuracy.layers()) == apart
 
 
 def test_half_of_the_measured_layers_are_predicted_within_a_tenth():
