@@ -36,9 +36,11 @@ class Kernel:
             compiled, values = found
             compiled[(*grid, 1, 1)[:3]](*arguments, *values)
             return
+        parameters, named = self.function.params[: len(arguments)], self.function.params[len(arguments) :]
+        # The key does not tell one constant among the arguments from another.
+        assert not any(each.is_constexpr for each in parameters) and all(each.is_constexpr for each in named)
         compiled = self.function[grid](*arguments, **constants)
         if compiled is not None:  # a stand-in that only compiles returns nothing
-            named = self.function.params[len(arguments) :]
             values = tuple(constants.get(parameter.name, parameter.default) for parameter in named)
             self._compiled[key] = compiled, values
 
@@ -48,7 +50,8 @@ def _form(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
     if isinstance(argument, int):
-        return type(argument), argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
+        fits = -(2**31) <= argument < 2**31, argument < 2**63
+        return type(argument), argument == 1, argument % 16 == 0, *fits
     if argument is None or isinstance(argument, float):
         return type(argument)
     # A descriptor's layout follows from its kernel and the number of its dimensions.

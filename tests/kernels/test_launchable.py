@@ -1,9 +1,14 @@
 """Launches find the compiled form that Triton would take."""
 
+from itertools import combinations
 from types import SimpleNamespace
 
 import pytest
 import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from farskip_fused.kernels import launchable
 
@@ -14,7 +19,7 @@ class Compiles:
     def __init__(self):
         self.compiled, self.launched = [], []
         names = ("values", "count", "SIZE", "KEEP")
-        self.params = [SimpleNamespace(name=name, default=False) for name in names]
+        self.params = [SimpleNamespace(name=name, default=False, is_constexpr=name.isupper()) for name in names]
 
     def __getitem__(self, grid):
         def launch(*arguments, **constants):
@@ -69,3 +74,27 @@ def test_what_triton_specialises_for_is_another_form(function, other):
         kernel[(1,)](call.pop("values"), call.pop("count"), **call)
     assert len(function.compiled) == 2
     assert [form for form, *_ in function.launched] == [1, 2]
+
+
+def test_constants_among_the_arguments_are_refused(function):
+    with pytest.raises(AssertionError):
+        launchable.Kernel(function)[(1,)](torch.empty(16), 32, 8)
+
+
+def test_two_arguments_of_one_form_are_one_to_triton():
+    def takes(argument):
+        pass
+
+    kernel = JITFunction(takes)
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    values = torch.empty(64, 64)
+    tensors = [values, values.half(), values.flatten()[1:], values.flatten()[4:], values[:0]]
+    blocks = (values, [16, 16]), (values, [32, 16]), (values.half(), [16, 16]), (values[:32], [16, 16])
+    descriptors = [TensorDescriptor.from_tensor(tensor, block) for tensor, block in blocks]
+    edges = [sign * 2**power + near for sign in (-1, 1) for power in (0, 4, 31, 32, 62) for near in (-1, 0, 1)]
+    arguments = [None, True, False, 1.0, 0.5, *edges, 2**63 - 1, 2**63, 2**63 + 1, *tensors, *descriptors]
+    forms = [(launchable._form(argument), bind(argument)[1]) for argument in arguments]
+    for (ours, tritons), (other, others) in combinations(forms, 2):
+        assert ours != other or tritons == others
+    assert len({str(tritons) for _, tritons in forms}) > 12
