@@ -2,8 +2,9 @@
 # Time and check ranks with a GPU each, in one command; prints a table last. (make bench is what rewrites README.)
 #   bench/multi_gpu.sh WORLD [comm] [fused] [layer] [reduce] [memcheck] [check]   all six without names
 # On a machine with fewer GPUs, a rehearsal: the ranks side by side on GPU 0 under MPS. Changes no setting of the cards.
-# Needs torch with CUDA, Triton, nvshmem4py and a compiler; PYTHON names the interpreter (default python3). Ends within
-# SECONDS_IN_ALL (default 540): what is timed comes first, and the tests take the time that is left.
+# Needs torch with CUDA, Triton, nvshmem4py and a compiler, memcheck compute-sanitizer on the PATH; PYTHON names the
+# interpreter (default python3). Ends within SECONDS_IN_ALL (default 540): what is timed comes first, and the tests take
+# the time that is left.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
