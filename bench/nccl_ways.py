@@ -1,8 +1,9 @@
 """The layer's rounds over NCCL, for `farskip bench layer` where every rank has a GPU: what a trainer has without us.
 
 Rows travel by ``all_to_all_single``, one a token and rank that wants it, with the router's weights beside them; the
-experts are our GEMMs, and their sums come back the same way. NCCL is given what it usually has to wait for: the sizes
-are known to the host beforehand, and so are the expert ids, which do not travel.
+experts are our GEMMs, and their sums come back the same way, to be added by torch's ``embedding_bag``. NCCL is given
+what it usually has to wait for: the sizes are known to the host beforehand, and so are the expert ids, which do not
+travel. How many multiprocessors it takes is its own choice.
 
 nccl_blocking  standard connectivity; every layer waits for both.
 nccl_streams   FarSkip connectivity as arXiv 2511.11505 runs it: whole collectives on the communication stream.
