@@ -2,9 +2,9 @@
 # Time and check ranks with a GPU each, in one command; prints a table last. (make bench is what rewrites README.)
 #   bench/multi_gpu.sh WORLD [comm] [fused] [layer] [reduce] [memcheck] [check]   all six without names
 # On a machine with fewer GPUs, a rehearsal: the ranks side by side on GPU 0 under MPS. Changes no setting of the cards.
-# Needs torch with CUDA, Triton, nvshmem4py and a compiler, memcheck compute-sanitizer on the PATH; PYTHON names the
-# interpreter (default python3). Ends within SECONDS_IN_ALL (default 540): what is timed comes first, and the tests take
-# the time that is left.
+# Needs torch with CUDA, Triton, nvshmem4py, pytest with pytest-timeout and pytest-xdist, and a compiler, memcheck
+# compute-sanitizer on the PATH; PYTHON names the interpreter (default python3). Ends within SECONDS_IN_ALL (default
+# 540): what is timed comes first, and the tests take the time that is left.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -33,11 +33,12 @@ rm -f "$OUT"/*.row "$OUT"/{comm,fused,layer,reduce}.json
 part build 200 "$PYTHON" -m pip install -q --no-deps --no-build-isolation -e .
 GPUS=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 if ((GPUS >= WORLD)); then
-  MARK=rung4 WHERE="$WORLD ranks, a GPU each"
-  # So that no test takes more.
-  ((GPUS > WORLD)) && export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((WORLD - 1)))}
+  # A test's ranks take longer to start than to run, and GPUs take turns between processes.
+  MARK=rung4 LANES=4 WHERE="$WORLD ranks, a GPU each"
+  # So that no test takes more, and that each lane starts at other GPUs (tests/conftest.py).
+  export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((WORLD - 1)))}
 else
-  MARK=rung3 WHERE="rehearsal: $WORLD ranks on GPU 0 of $GPUS"
+  MARK=rung3 LANES=0 WHERE="rehearsal: $WORLD ranks on GPU 0 of $GPUS"
 fi
 wants comm && part comm 200 $CLI bench comm --ranks "$WORLD" --sms 20 --sms 8 --tokens 4096 --tokens 128 --json "$OUT/comm.json"
 wants fused && part fused 150 $CLI bench fused --ranks "$WORLD" --link none --json "$OUT/fused.json"
@@ -50,7 +51,7 @@ if wants memcheck; then
   part memcheck 200 sh -c "$soak-0.json && compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 \
     --target-processes all --kernel-name-exclude kns=at6native $soak-1.json"
 fi
-wants check && part check 500 "$PYTHON" -m pytest -q -p no:cacheprovider --durations=5 -m "$MARK and not full" tests
+wants check && part check 500 "$PYTHON" -m pytest -q -n $LANES -p no:cacheprovider --durations=5 -m "$MARK and not full" tests
 
 for row in "$OUT"/*.row; do
   name=$(basename "$row" .row)

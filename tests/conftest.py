@@ -15,6 +15,13 @@ import importlib.util
 import pytest
 
 from farskip_fused.doctor.facts import mps_state
+from tests.rungs import rotated
+
+# Before torch asks the driver. Ranks take the first GPUs that they see, so all lanes would be on the same ones.
+if os.environ.get("CUDA_VISIBLE_DEVICES") and "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = rotated(
+        os.environ["CUDA_VISIBLE_DEVICES"], int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    )
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -12,3 +12,10 @@ RUNGS = [
 GPU_RUNGS = RUNGS[1:]
 # For what takes the interpreter long and proves there little that another test does not.
 CPU_IN_FULL = [pytest.param("cpu", marks=(pytest.mark.rung2, pytest.mark.full)), *GPU_RUNGS]
+
+
+def rotated(gpus: str, lane: int) -> str:
+    """The GPUs of CUDA_VISIBLE_DEVICES for one of several lanes of tests (pytest -n): pairs take turns to be first."""
+    names = gpus.split(",")
+    first = 2 * lane % len(names)
+    return ",".join(names[first:] + names[:first])

@@ -7,7 +7,7 @@ import torch
 
 from farskip_fused import launch
 from farskip_fused.launch import RankFailed, run_ranks
-from tests.rungs import CPU_IN_FULL, GPU_RUNGS, RUNGS
+from tests.rungs import CPU_IN_FULL, GPU_RUNGS, RUNGS, rotated
 from tests.symmetric import rank_programs, soak
 
 
@@ -138,6 +138,13 @@ def test_layers_that_differ_between_ranks_are_refused(device):
 def test_ranks_take_a_gpu_each_unless_there_are_too_few_or_one_is_named(monkeypatch, gpus, device, expected):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert [launch.gpu_of(rank, 2, device) for rank in range(2)] == expected
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expected"), [("0,1", ["0,1", "0,1", "0,1"]), ("4,5,6,7", ["4,5,6,7", "6,7,4,5", "4,5,6,7"]), ("3", ["3"])]
+)
+def test_lanes_of_tests_start_at_pairs_of_gpus_in_turn(gpus, expected):
+    assert [rotated(gpus, lane) for lane in range(len(expected))] == expected
 
 
 @pytest.mark.parametrize(("gpus", "expected"), [(1, 32), (4, 132)])
