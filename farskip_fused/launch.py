@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -115,7 +116,7 @@ def _context(device: str) -> SpawnContext | ForkServerContext:
 def _outcome(pipe: Any, deadline: float) -> Outcome:
     try:
         if pipe.poll(max(0.0, deadline - time.monotonic())):
-            return cast(Outcome, pipe.recv())
+            return cast(Outcome, pickle.loads(pipe.recv_bytes()))
     except EOFError:
         pass
     return Outcome()
@@ -193,11 +194,16 @@ def _rank_main(
         rendezvous.set(f"connected {rank}", "")
         rendezvous.wait([f"connected {peer}" for peer in range(world)])
         memory = ff.init(device=where, timeout=wait_timeout, by_put=by_put) if symmetric else None
-        pipe.send(Outcome(result=function(where if memory is None else memory, *args), finished=True))
+        _tell(pipe, Outcome(result=function(where if memory is None else memory, *args), finished=True))
         if memory is not None and memory.status.read() is None:  # after a lost peer, closing would wait for it again
             memory.close()
     except BaseException as error:
-        pipe.send(Outcome(error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc(), finished=True))
+        _tell(pipe, Outcome(error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc(), finished=True))
     pipe.close()
     # Interpreters that tear down CUDA, NVSHMEM and gloo in arbitrary order may hang, and nothing is left to do.
     os._exit(0)
+
+
+def _tell(pipe: Any, outcome: Outcome) -> None:
+    """By value: ``pipe.send`` has tensors fetched from this process, as torch registers, and it is gone by then."""
+    pipe.send_bytes(pickle.dumps(outcome))

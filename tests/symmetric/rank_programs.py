@@ -233,6 +233,10 @@ def repeat_experts(memory: ff.SymmetricMemory) -> str:
     return "nothing was said"
 
 
+def give_a_tensor(memory: ff.SymmetricMemory) -> torch.Tensor:
+    return torch.full((1000,), float(memory.rank))
+
+
 def raise_an_error(memory: ff.SymmetricMemory) -> None:
     raise ArithmeticError(f"of rank {memory.rank}")
 

@@ -155,6 +155,11 @@ def test_ranks_have_their_share_of_one_gpu_or_all_of_their_own(monkeypatch, gpus
 
 
 @pytest.mark.rung2
+def test_a_tensor_of_a_rank_comes_back_though_the_rank_is_gone():
+    assert [part.tolist() for part in run_ranks(rank_programs.give_a_tensor, 2)] == [[0.0] * 1000, [1.0] * 1000]
+
+
+@pytest.mark.rung2
 def test_the_exception_of_a_rank_comes_back():
     with pytest.raises(RankFailed, match="Rank 0 of 2 raised ArithmeticError: of rank 0"):
         run_ranks(rank_programs.raise_an_error, 2)
