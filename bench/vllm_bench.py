@@ -1,18 +1,20 @@
 """vLLM on one GPU or several: a stock model, the stock model on our expert kernels, and the model with FarSkip wiring.
 
 Models are cut to 8 layers and have dummy weights, so that a config.json is all they need. One engine a variant, each in
-processes of its own on the same GPUs, all alive at once; every point is measured in rounds, the variants of a round in
-random order with the same prompts. CUDA graphs are on, prefix caching is off. Several GPUs are tensor-parallel ranks
-with the experts split over them, as vLLM's --tensor-parallel-size with --enable-expert-parallel.
+processes of its own on the same GPUs, started together and all alive at once; every point is measured in rounds, the
+variants of a round in random order with the same prompts. CUDA graphs are on, prefix caching is off. Several GPUs are
+tensor-parallel ranks with the experts split over them, as vLLM's --tensor-parallel-size with --enable-expert-parallel.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +25,14 @@ from farskip_fused.errors import UsageError
 from farskip_fused.record import CLASS_PREFIX, TYPE_PREFIX, to_record
 
 LAYERS = 8
-ROUNDS = 9
+ROUNDS = 15
 NEW_TOKENS = 64
 LONGEST_PROMPT = 8000
 TOKENS_A_STEP = 8192
 VARIANTS = ("stock", "kernels", "farskip")
-# What the three engines take of the GPU together, with room for what each allocates outside of its share.
-GPU_SHARE = 0.27
+# Given to each engine, so that it does not measure what is free while the others start. The largest point takes 1 GiB.
+KV_CACHE_BYTES = 4 * 2**30
+GPU_SHARE = 0.27  # of the GPU that must be free when an engine starts
 TOLERANCE = 1.02
 
 
@@ -101,63 +104,106 @@ def config_of(model: str, variant: str) -> dict[str, Any]:
 
 def _measure_model(model: str, rounds: int, ranks: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        engines = {variant: _start(model, variant, Path(folder), ranks) for variant in VARIANTS}
-        cells = []
-        for point in POINTS:
-            times = _measure(engines, point, MODELS[model]["vocab_size"], rounds)
-            variants = {name: {"ms": timing.ms, "spread_ms": timing.spread_ms} for name, timing in times.items()}
-            cells.append({"model": model, **point._asdict(), "variants": variants})
-        for engine in engines.values():
-            engine.llm_engine.engine_core.shutdown()
-        return cells
+        engines = {variant: _Engine(model, variant, Path(folder), ranks) for variant in VARIANTS}
+        try:
+            for engine in engines.values():
+                engine.answer()  # it has started
+            cells = []
+            for point in POINTS:
+                times = _measure(engines, point, MODELS[model]["vocab_size"], rounds)
+                variants = {name: {"ms": timing.ms, "spread_ms": timing.spread_ms} for name, timing in times.items()}
+                cells.append({"model": model, **point._asdict(), "variants": variants})
+            return cells
+        finally:
+            for engine in engines.values():
+                engine.stop()
 
 
-def _start(model: str, variant: str, folder: Path, ranks: int) -> Any:
-    from vllm import LLM
+class _Engine:
+    """vLLM in a process of its own, which takes the time of its requests."""
 
-    path = folder / f"{model}-{variant}"
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(config_of(model, variant)))
-    return LLM(
-        str(path),
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        gpu_memory_utilization=GPU_SHARE,
-        max_model_len=LONGEST_PROMPT + 2 * NEW_TOKENS,
-        max_num_batched_tokens=TOKENS_A_STEP,
-        max_num_seqs=max(point.batch for point in POINTS),
-        enable_prefix_caching=False,
-        tensor_parallel_size=ranks,
-        enable_expert_parallel=ranks > 1,
-        additional_config={} if variant == "stock" else {"farskip_experts": True},
-    )
+    def __init__(self, model: str, variant: str, folder: Path, ranks: int) -> None:
+        self.name = f"{model}, {variant}"
+        path = folder / f"{model}-{variant}"
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(config_of(model, variant)))
+        settings = {
+            "model": str(path),
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "gpu_memory_utilization": GPU_SHARE,
+            "kv_cache_memory_bytes": KV_CACHE_BYTES,
+            "max_model_len": LONGEST_PROMPT + 2 * NEW_TOKENS,
+            "max_num_batched_tokens": TOKENS_A_STEP,
+            "max_num_seqs": max(point.batch for point in POINTS),
+            "enable_prefix_caching": False,
+            "tensor_parallel_size": ranks,
+            "enable_expert_parallel": ranks > 1,
+            "additional_config": {} if variant == "stock" else {"farskip_experts": True},
+        }
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, settings))
+        self._process.start()
+        theirs.close()
+
+    def elapsed(self, prompts: list[list[int]], new_tokens: int) -> float:
+        """ms from the request to all of its tokens."""
+        self._pipe.send((prompts, new_tokens))
+        return self.answer()
+
+    def answer(self) -> float:
+        """What the process says next; RuntimeError with its traceback if it failed."""
+        try:
+            said = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            said = f"exit code {self._process.exitcode}"
+        if isinstance(said, str):
+            raise RuntimeError(f"The engine of {self.name} failed:\n{said}")
+        return float(said)
+
+    def stop(self) -> None:
+        """Let the engine take its processes down, and wait until it has."""
+        self._pipe.close()
+        self._process.join(30)
+        self._process.kill()
 
 
-def _measure(engines: dict[str, Any], point: Point, vocabulary: int, rounds: int) -> dict[str, Timing]:
+def _serve(pipe: Any, settings: dict[str, Any]) -> None:
+    """Answer requests until the pipe is closed: first, when the engine has started, then each when it is done."""
+    from vllm import LLM, SamplingParams
+
+    try:
+        engine = LLM(**settings)
+        pipe.send(0.0)
+        while True:
+            try:
+                prompts, new_tokens = pipe.recv()
+            except EOFError:
+                break
+            how = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+            start = time.perf_counter()
+            engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], how, use_tqdm=False)
+            pipe.send((time.perf_counter() - start) * 1e3)
+        engine.llm_engine.engine_core.shutdown()
+    except Exception:
+        pipe.send(traceback.format_exc())
+
+
+def _measure(engines: dict[str, _Engine], point: Point, vocabulary: int, rounds: int) -> dict[str, Timing]:
     """ms of a prefill, or of all decode steps together: the same request with and without them, taken off."""
     draw = random.Random(0)
     times: dict[str, list[float]] = {variant: [] for variant in engines}
     for number in range(rounds + 2):  # two to warm up
-        prompts = [
-            {"prompt_token_ids": [draw.randrange(10, vocabulary) for _ in range(point.prompt)]}
-            for _ in range(point.batch)
-        ]
+        prompts = [[draw.randrange(10, vocabulary) for _ in range(point.prompt)] for _ in range(point.batch)]
         for variant in draw.sample(list(engines), len(engines)):
-            elapsed = _elapsed(engines[variant], prompts, 1 + point.new_tokens)
+            elapsed = engines[variant].elapsed(prompts, 1 + point.new_tokens)
             if point.new_tokens:
-                elapsed -= _elapsed(engines[variant], prompts, 1)
+                elapsed -= engines[variant].elapsed(prompts, 1)
             if number >= 2:
                 times[variant].append(elapsed)
     return {variant: summarise(values) for variant, values in times.items()}
-
-
-def _elapsed(engine: Any, prompts: list[dict[str, Any]], new_tokens: int) -> float:
-    from vllm import SamplingParams
-
-    how = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
-    start = time.perf_counter()
-    engine.generate(prompts, how, use_tqdm=False)
-    return (time.perf_counter() - start) * 1e3
 
 
 def render(report: dict[str, Any]) -> None:

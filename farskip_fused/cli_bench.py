@@ -161,7 +161,7 @@ def bench_vllm(
     models: Annotated[
         list[str] | None, typer.Argument(help="qwen3-30b-a3b, deepseek-v2-lite; both by default.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=2, help="Measurements of a point.")] = 9,
+    rounds: Annotated[int, typer.Option(min=2, help="Measurements of a point.")] = 15,
     ranks: Annotated[int, typer.Option(min=1, help="GPUs: tensor-parallel ranks, with the experts split.")] = 1,
     json_file: JsonFile = None,
 ) -> None:
