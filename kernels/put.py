@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import core
 
-from .machine import INTERPRETED, padded
+from .machine import INTERPRETED
 from .protocol import (
     COMBINE_ROWS,
     COMBINE_SCALARS,
@@ -42,21 +42,31 @@ from .protocol import (
 )
 
 _SET = tl.constexpr(9)  # NVSHMEM_SIGNAL_SET
-# A put holds up its warps until the data has left this rank's memory or, where peers share NVLink, has arrived. So a
-# multiprocessor has several in flight: of rows by four warps each, of single words by one.
-ROW_WARPS, ROWS_OF_PROGRAM = 4, 4
-WORDS_OF_PROGRAM = 16
+# A put holds up those that ask for it until the data has left this rank's memory or, where peers share NVLink, has
+# arrived. So each warp puts a row of its own. More programs instead, of fewer warps, come to lie on as many
+# multiprocessors, and GEMMs and attention, which were promised all but a few, wait for their end.
+WARPS = 16
+LANES = 1 if INTERPRETED else 32  # a block of a value a thread, alike within a warp, makes each warp's call its own
 
 if INTERPRETED:
 
     @triton.jit
-    def _put(context, target, source, nbytes, peer):
+    def _copy(context, target, source, nbytes, peer, wanted, WIDTH: tl.constexpr):
         own = tl.load(context + PEERS + tl.load(context + RANK)) + source
         there = tl.load(context + PEERS + tl.load(context + WORLD) + peer) + target
-        for start in range(0, nbytes, 65536):
-            at = start + tl.arange(0, 65536)
-            value = tl.load(own.to(tl.pointer_type(tl.uint8)) + at, mask=at < nbytes)
-            tl.store(there.to(tl.pointer_type(tl.uint8)) + at, value, mask=at < nbytes)
+        for start in range(0, tl.max(nbytes, axis=0), WIDTH):
+            at = (start + tl.arange(0, WIDTH))[None, :]
+            mask = (at < nbytes[:, None]) & wanted[:, None]
+            value = tl.load(own.to(tl.pointer_type(tl.uint8))[:, None] + at, mask=mask)
+            tl.store(there.to(tl.pointer_type(tl.uint8))[:, None] + at, value, mask=mask)
+
+    @triton.jit
+    def _put(context, target, source, nbytes, peer, wanted):
+        _copy(context, target, source, nbytes, peer, wanted, 4096)
+
+    @triton.jit
+    def _put_word(context, target, source, peer, wanted):
+        _copy(context, target, source, tl.zeros_like(source) + 4, peer, wanted, 4)
 
     @triton.jit
     def _quiet():
@@ -76,9 +86,14 @@ else:
         )
 
     @core.extern
-    def _putmem_nbi_block(target, source, nbytes, peer, _semantic=None):
+    def _putmem_nbi_warp(target, source, nbytes, peer, _semantic=None):
         types = ("int64", "int64", "int64", "int32")
-        return _extern("nvshmemx_putmem_nbi_block", [target, source, nbytes, peer], types, _semantic)
+        return _extern("nvshmemx_putmem_nbi_warp", [target, source, nbytes, peer], types, _semantic)
+
+    @core.extern
+    def _putmem_nbi(target, source, nbytes, peer, _semantic=None):
+        types = ("int64", "int64", "int64", "int32")
+        return _extern("nvshmem_putmem_nbi", [target, source, nbytes, peer], types, _semantic)
 
     @core.extern
     def _quiet_of_library(_semantic=None):
@@ -90,12 +105,25 @@ else:
         return _extern("nvshmemx_signal_op", [target, value, operation, peer], types, _semantic)
 
     @triton.jit
-    def _put(context, target, source, nbytes, peer):
-        """Put from one offset of the buffer to another; whatever the warps of this program have stored may be put."""
-        tl.debug_barrier()
-        base = tl.load(context + PEERS + tl.load(context + RANK))
-        zero = tl.full((), 0, tl.int64)
-        _putmem_nbi_block(base + target, base + source, zero + nbytes, peer.to(tl.int32))
+    def _addressed(context, target, source, nbytes, peer, wanted):
+        """What is not wanted becomes nothing, put to this rank itself: a call in a branch is not to be had."""
+        rank = tl.load(context + RANK)
+        base = tl.load(context + PEERS + rank)
+        there = tl.where(wanted, peer, rank).to(tl.int32)
+        return base + target, base + source, tl.where(wanted, nbytes, 0), there
+
+    @triton.jit
+    def _put(context, target, source, nbytes, peer, wanted):
+        """Each warp puts from one offset of the buffer to another; all arguments are blocks of a value a thread."""
+        target, source, nbytes, peer = _addressed(context, target, source, nbytes, peer, wanted)
+        _putmem_nbi_warp(target, source, nbytes, peer)
+
+    @triton.jit
+    def _put_word(context, target, source, peer, wanted):
+        """Each thread puts four bytes."""
+        nbytes = tl.zeros_like(source) + 4
+        target, source, nbytes, peer = _addressed(context, target, source, nbytes, peer, wanted)
+        _putmem_nbi(target, source, nbytes, peer)
 
     @triton.jit
     def _quiet():
@@ -113,6 +141,12 @@ def _is_put(context, peer):
 
 
 @triton.jit
+def _of_warp(WARPS: tl.constexpr, LANES: tl.constexpr):
+    """Which warp of the program a thread is in."""
+    return tl.arange(0, WARPS * LANES) // LANES
+
+
+@triton.jit
 def _signal(context, ticket, FLAGS: tl.constexpr, PLANE: tl.constexpr):
     peer = tl.program_id(0).to(tl.int64)
     if is_alive(context) & _is_put(context, peer):
@@ -121,17 +155,22 @@ def _signal(context, ticket, FLAGS: tl.constexpr, PLANE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["entries"])
-def _put_routing(context, ticket, entries, TOP_K: tl.constexpr):
+def _put_routing(context, ticket, entries, TOP_K: tl.constexpr, WARPS: tl.constexpr, LANES: tl.constexpr):
     peer = tl.program_id(0).to(tl.int64)
     if is_alive(context) & _is_put(context, peer):
+        warp = _of_warp(WARPS, LANES)
+        peers = warp * 0 + peer
         source = slot_of(context, ticket) * tl.load(context + WORLD) + tl.load(context + RANK)
         first = source * tl.load(context + MAX_TOKENS) * TOP_K * 4
-        for_experts = tl.load(context + DISPATCH_EXPERTS) + first
-        for_weights = tl.load(context + DISPATCH_WEIGHTS) + first
-        for_count = tl.load(context + DISPATCH_COUNTS) + source * 4
-        _put(context, for_experts, for_experts, entries * 4, peer)
-        _put(context, for_weights, for_weights, entries * 4, peer)
-        _put(context, for_count, for_count, 4, peer)
+        share = tl.cdiv(tl.cdiv(entries * 4, 16), WARPS) * 16
+        start = (warp * share).to(tl.int64)
+        nbytes = tl.minimum(tl.maximum(entries * 4 - start, 0), share)
+        for_experts = tl.load(context + DISPATCH_EXPERTS) + first + start
+        for_weights = tl.load(context + DISPATCH_WEIGHTS) + first + start
+        for_count = start * 0 + tl.load(context + DISPATCH_COUNTS) + source * 4
+        _put(context, for_experts, for_experts, nbytes, peers, nbytes > 0)
+        _put(context, for_weights, for_weights, nbytes, peers, nbytes > 0)
+        _put(context, for_count, for_count, nbytes * 0 + 4, peers, warp == 0)
         _quiet()
 
 
@@ -139,62 +178,65 @@ def _put_routing(context, ticket, entries, TOP_K: tl.constexpr):
 def _put_rows(
     context, ticket, experts, order, entries,
     STRIDE: tl.constexpr, NBYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, TOP_K: tl.constexpr,
-    TOP_K_PADDED: tl.constexpr, NUM_LOCAL_EXPERTS: tl.constexpr, PLANE: tl.constexpr, PACED: tl.constexpr,
+    NUM_LOCAL_EXPERTS: tl.constexpr, PLANE: tl.constexpr, PACED: tl.constexpr,
+    WARPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     if is_alive(context):
         first_row = tl.load(ticket + TICKET_FIRST_ROW + PLANE) + tl.load(context + RANK) * tl.load(context + MAX_TOKENS)
-        k = tl.arange(0, TOP_K_PADDED)
-        for place in range(tl.program_id(0), tl.load(entries), tl.num_programs(0)):
-            entry = tl.load(order + place)
-            token = entry // TOP_K
-            expert = tl.load(experts + entry)
-            peer = expert // NUM_LOCAL_EXPERTS
-            if _is_put(context, peer):
-                other = tl.load(experts + token * TOP_K + k, mask=k < TOP_K, other=-1)
-                at_peer = (other >= 0) & (other // NUM_LOCAL_EXPERTS == peer)
-                if tl.min(tl.where(at_peer, other, 2147483647), axis=0) == expert:
-                    row = first_row + token
-                    at = tl.load(context + DISPATCH_ROWS) + row * STRIDE
-                    _put(context, at, at, NBYTES, peer)
-                    if SCALE_BYTES > 0:
-                        at = tl.load(context + DISPATCH_SCALES) + row * SCALE_BYTES
-                        _put(context, at, at, SCALE_BYTES, peer)
-                    if PACED:
-                        pace(context, tl.full((), NBYTES + SCALE_BYTES, tl.int64))
+        total = tl.load(entries)
+        for start in range(tl.program_id(0) * WARPS, total, tl.num_programs(0) * WARPS):
+            place = start + _of_warp(WARPS, LANES)
+            in_range = place < total
+            entry = tl.load(order + place, mask=in_range, other=0)
+            peer = tl.load(experts + entry, mask=in_range, other=0) // NUM_LOCAL_EXPERTS
+            wanted = in_range & _is_put(context, peer)
+            row = first_row + entry // TOP_K
+            at = tl.load(context + DISPATCH_ROWS) + row * STRIDE
+            _put(context, at, at, row * 0 + NBYTES, peer, wanted)
+            if SCALE_BYTES > 0:
+                at = tl.load(context + DISPATCH_SCALES) + row * SCALE_BYTES
+                _put(context, at, at, row * 0 + SCALE_BYTES, peer, wanted)
+            if PACED:
+                pace(context, tl.sum(wanted.to(tl.int64), axis=0) // LANES * (NBYTES + SCALE_BYTES))
         _quiet()
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _put_sums(
-    context, ticket, turns, rows, NBYTES: tl.constexpr, TOP_K: tl.constexpr, PACED: tl.constexpr
+    context, ticket, turns, rows, NBYTES: tl.constexpr, TOP_K: tl.constexpr, PACED: tl.constexpr,
+    WARPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     if is_alive(context):
         slot, max_tokens = slot_of(context, ticket), tl.load(context + MAX_TOKENS)
-        for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-            turn = tl.load(turns + row)
-            owner = row // max_tokens
-            if (turn >= 0) & _is_put(context, owner):
-                place = (slot * max_tokens + row % max_tokens) * TOP_K + turn
-                target = tl.load(context + COMBINE_ROWS) + place * NBYTES
-                source = tl.load(context + COMBINE_STAGED_ROWS) + (slot * rows + row) * NBYTES
-                _put(context, target, source, NBYTES, owner)
-                if PACED:
-                    pace(context, tl.full((), NBYTES, tl.int64))
+        for start in range(tl.program_id(0) * WARPS, rows, tl.num_programs(0) * WARPS):
+            row = start + _of_warp(WARPS, LANES)
+            in_range = row < rows
+            turn = tl.load(turns + row, mask=in_range, other=-1)
+            owner = tl.where(in_range, row // max_tokens, 0)
+            wanted = (turn >= 0) & _is_put(context, owner)
+            place = (slot * max_tokens + row % max_tokens) * TOP_K + turn
+            target = tl.load(context + COMBINE_ROWS) + place * NBYTES
+            source = tl.load(context + COMBINE_STAGED_ROWS) + (slot * rows + row) * NBYTES
+            _put(context, target, source, place * 0 + NBYTES, owner, wanted)
+            if PACED:
+                pace(context, tl.sum(wanted.to(tl.int64), axis=0) // LANES * NBYTES)
         _quiet()
 
 
 @triton.jit(do_not_specialize=["entries"])
-def _put_scalars(context, ticket, places, entries, TOP_K: tl.constexpr):
+def _put_scalars(context, ticket, places, entries, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     if is_alive(context):
         slot, max_tokens = slot_of(context, ticket), tl.load(context + MAX_TOKENS)
-        for entry in range(tl.program_id(0), entries, tl.num_programs(0)):
+        for start in range(tl.program_id(0) * BLOCK, entries, tl.num_programs(0) * BLOCK):
+            entry = start + tl.arange(0, BLOCK)
+            in_range = entry < entries
             row = entry // TOP_K
-            owner = row // max_tokens
-            if (tl.load(places + entry) >= 0) & _is_put(context, owner):
-                place = (slot * max_tokens + row % max_tokens) * TOP_K + entry % TOP_K
-                target = tl.load(context + COMBINE_SCALARS) + place * 4
-                source = tl.load(context + COMBINE_STAGED_SCALARS) + (slot * entries + entry) * 4
-                _put(context, target, source, 4, owner)
+            owner = tl.where(in_range, row // max_tokens, 0)
+            wanted = (tl.load(places + entry, mask=in_range, other=-1) >= 0) & _is_put(context, owner)
+            place = (slot * max_tokens + row % max_tokens) * TOP_K + entry % TOP_K
+            target = tl.load(context + COMBINE_SCALARS) + place * 4
+            source = tl.load(context + COMBINE_STAGED_SCALARS) + (slot * entries + entry) * 4
+            _put_word(context, target, source, owner, wanted)
         _quiet()
 
 
@@ -212,7 +254,10 @@ def signal(round_: Round, flags: tl.constexpr, plane: int) -> None:
 
 def put_routing(round_: Round, entries: int, top_k: int) -> None:
     """Put this rank's routing, as its own slot has it."""
-    _put_routing[(round_.world,)](round_.context, round_.ticket, entries, TOP_K=top_k, **_launch(round_))
+    _put_routing[(round_.world,)](
+        round_.context, round_.ticket, entries, TOP_K=top_k, WARPS=WARPS, LANES=LANES, num_warps=WARPS,
+        **_launch(round_),
+    )  # fmt: skip
 
 
 def put_rows(
@@ -220,24 +265,25 @@ def put_rows(
     stride: int, nbytes: int, scale_bytes: int,
 ) -> None:  # fmt: skip
     """Put this rank's rows, as its own slot has them: ``nbytes`` each, ``stride`` apart, and their scales."""
-    top_k = experts.shape[1]
-    _put_rows[(round_.programs * ROWS_OF_PROGRAM,)](
+    _put_rows[(round_.programs,)](
         round_.context, round_.ticket, experts, order, entries,
-        STRIDE=stride, NBYTES=nbytes, SCALE_BYTES=scale_bytes, TOP_K=top_k, TOP_K_PADDED=padded(top_k),
-        NUM_LOCAL_EXPERTS=num_local_experts, PLANE=plane, PACED=round_.paced, num_warps=ROW_WARPS, **_launch(round_),
+        STRIDE=stride, NBYTES=nbytes, SCALE_BYTES=scale_bytes, TOP_K=experts.shape[1],
+        NUM_LOCAL_EXPERTS=num_local_experts, PLANE=plane, PACED=round_.paced,
+        WARPS=WARPS, LANES=LANES, num_warps=WARPS, **_launch(round_),
     )  # fmt: skip
 
 
 def put_sums(round_: Round, turns: Tensor, top_k: int, nbytes: int) -> None:
     """Put the staged sums of ``combine.push_sums``, rows of ``nbytes``."""
-    _put_sums[(round_.programs * ROWS_OF_PROGRAM,)](
+    _put_sums[(round_.programs,)](
         round_.context, round_.ticket, turns, turns.numel(), NBYTES=nbytes, TOP_K=top_k, PACED=round_.paced,
-        num_warps=ROW_WARPS, **_launch(round_),
+        WARPS=WARPS, LANES=LANES, num_warps=WARPS, **_launch(round_),
     )  # fmt: skip
 
 
 def put_scalars(round_: Round, places: Tensor) -> None:
     """Put the staged gradients of ``combine.push_weight_gradients``."""
-    _put_scalars[(round_.programs * WORDS_OF_PROGRAM,)](
-        round_.context, round_.ticket, places, places.numel(), TOP_K=places.shape[1], num_warps=1, **_launch(round_)
-    )
+    _put_scalars[(round_.programs,)](
+        round_.context, round_.ticket, places, places.numel(), TOP_K=places.shape[1], BLOCK=32 * WARPS,
+        num_warps=WARPS, **_launch(round_),
+    )  # fmt: skip

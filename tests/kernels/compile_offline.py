@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,16 +42,24 @@ from farskip_fused.kernels import (
     gather_sum,
     hopper,
     layout,
+    put,
     routing,
 )
 from farskip_fused.kernels.combine import Extras
 from farskip_fused.kernels.experts_to_owner import project_to_owner
 from farskip_fused.kernels.layout import Layout
-from farskip_fused.kernels.protocol import Round, SlotRows
+from farskip_fused.kernels.protocol import ROWS_ARRIVAL, Round, SlotRows
 
 SHARED_MEMORY_LIMIT = 232448  # bytes a block, compute capability 9.0
 MULTIPROCESSORS = 132
 EXPERTS, INTERMEDIATE, HIDDEN, TOP_K, TOKENS = 4, 1408, 2048, 6, 256
+# LLVM's assembly.
+NVSHMEM = """target triple = "nvptx64-nvidia-cuda"
+define i32 @nvshmemx_putmem_nbi_warp(i64 %target, i64 %source, i64 %nbytes, i32 %peer) noinline { ret i32 0 }
+define i32 @nvshmem_putmem_nbi(i64 %target, i64 %source, i64 %nbytes, i32 %peer) noinline { ret i32 0 }
+define i32 @nvshmemx_signal_op(i64 %target, i64 %value, i32 %operation, i32 %peer) noinline { ret i32 0 }
+define i32 @nvshmem_quiet() noinline { ret i32 0 }
+"""
 Step = Callable[[], Any]
 
 
@@ -181,7 +190,7 @@ INSTRUCTIONS = {"warpgroup": "wgmma.mma_async", "warp": "mma.sync", "descriptor"
 
 def describe(kernel: Any) -> dict[str, int]:
     """Tensor-core instructions of a warpgroup and of a warp, loads through descriptors; bytes of a thread's own memory,
-    where registers are spilled to, and of a block's shared memory.
+    where registers are spilled to, and of a block's shared memory; whether every block has a value a thread.
     """
     found = {name: len(re.findall(rf"\b{re.escape(text)}\b", kernel.asm["ptx"])) for name, text in INSTRUCTIONS.items()}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -191,7 +200,14 @@ def describe(kernel: Any) -> dict[str, int]:
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     spilled = sum(int(found) for found in re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage))
-    return found | {"spilled": spilled, "shared": kernel.metadata.shared}
+    layouts = re.findall(r"^#\w+ = (#ttg\..*)$", kernel.asm["ttgir"], re.MULTILINE)
+    value_a_thread = f"warpsPerCTA = [{kernel.metadata.num_warps}], order = [0]}}>"
+    value_a_thread = f"#ttg.blocked<{{sizePerThread = [1], threadsPerWarp = [32], {value_a_thread}"
+    return found | {
+        "spilled": spilled,
+        "shared": kernel.metadata.shared,
+        "value_a_thread": all(layout == value_a_thread for layout in layouts),
+    }
 
 
 def exchange_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
@@ -260,6 +276,26 @@ def exchange_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
             yield name, run
 
 
+def put_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
+    """Puts, which know no dtype, over a library in which NVSHMEM's functions do nothing."""
+    if dtype != torch.bfloat16:
+        return
+    context, ids = torch.empty(64, dtype=torch.int64), torch.empty(TOKENS, TOP_K, dtype=torch.int32)
+    order, turns = ids.flatten(), torch.empty(TOKENS, dtype=torch.int32)
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "nvshmem.ll"
+        library.write_text(NVSHMEM)
+        for paced in (False, True):
+            round_ = Round(context, context, 4, 8, paced, {"extern_libs": {"nvshmem": str(library)}})
+            for scale_bytes in (0, 64):
+                a = (round_, ids, order, order[:1], EXPERTS, 0, 2 * HIDDEN, 2 * HIDDEN, scale_bytes)
+                yield f"{paced=} {scale_bytes=}", lambda a=a: put.put_rows(*a)
+            yield f"{paced=}", lambda r=round_: put.put_sums(r, turns, TOP_K, 2 * HIDDEN)
+        yield "routing", lambda: put.put_routing(round_, TOKENS * TOP_K, TOP_K)
+        yield "scalars", lambda: put.put_scalars(round_, ids)
+        yield "signal", lambda: put.signal(round_, ROWS_ARRIVAL, 0)
+
+
 def compile_family(dtype_name: str, family: str) -> list[dict[str, Any]]:
     """One row for each variant that the launches of that family differ in."""
     driver.set_active(StubDriver())
@@ -284,7 +320,7 @@ def compile_family(dtype_name: str, family: str) -> list[dict[str, Any]]:
     JITFunction.__getitem__ = compile_only
     families = {
         "routing": routing_steps, "hopper": hopper_steps, "plain": plain_steps, "others": other_steps,
-        "exchange": exchange_steps,
+        "exchange": exchange_steps, "puts": put_steps,
     }  # fmt: skip
     for name, step in families[family](getattr(torch, dtype_name)):  # noqa: B007
         step()
@@ -293,7 +329,7 @@ def compile_family(dtype_name: str, family: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     # The longest first, so that the two processes end together.
-    families = itertools.product(sys.argv[1:], ("exchange", "routing", "hopper", "plain", "others"))
+    families = itertools.product(sys.argv[1:], ("exchange", "routing", "hopper", "plain", "others", "puts"))
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
         rows = [row for found in pool.starmap(compile_family, families, chunksize=1) for row in found]
     print(json.dumps({"triton": triton.__version__, "gluon": hopper.HAS_GLUON, "variants": rows}))

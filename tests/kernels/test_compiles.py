@@ -1,4 +1,4 @@
-"""Every kernel but those of NVSHMEM compiles for sm_90 on a machine without a GPU, by the oldest and newest Triton."""
+"""Every kernel compiles for sm_90 on a machine without a GPU, by the oldest and newest Triton."""
 
 import json
 import os
@@ -22,12 +22,14 @@ OTHERS = {
     "_push_sums", "_push_scalars", "_take_scalars", "_sum", "_wait", "_announce", "_start_reduce",
     "_finish_reduce",
 }  # fmt: skip
+# Each warp or thread puts for itself only where blocks have a value a thread.
+PUTS = {"_put_rows", "_put_sums", "_put_routing", "_put_scalars", "_signal"}
 # With bfloat16 alone: what runs between ranks, as float16 takes the same room, and what knows neither.
 WITH_BFLOAT16 = {
     "_count", "_sort", "_route_backward",
     "_push_routing", "_push_rows", "_take_routing", "_keep_rows", "_poison", "_find_turns", "_push_sums",
     "_push_scalars", "_take_scalars", "_sum", "_wait", "_announce", "_start_reduce", "_finish_reduce",
-    "_gather_weighted_rows", "_project_to_owner", "project_to_owner_kernel",
+    "_gather_weighted_rows", "_project_to_owner", "project_to_owner_kernel", *PUTS,
 }  # fmt: skip
 
 
@@ -57,7 +59,7 @@ def test_kernels_use_tensor_cores_and_fit_without_spills(version, dtypes, tmp_pa
     if version != "installed":
         assert report["triton"].startswith(version)
     assert report["gluon"] == (version != "3.5")
-    expected = PLAIN_GEMMS | OTHERS | (HOPPER_GEMMS if report["gluon"] else set())
+    expected = PLAIN_GEMMS | OTHERS | PUTS | (HOPPER_GEMMS if report["gluon"] else set())
     if "bfloat16" not in dtypes:
         expected -= WITH_BFLOAT16
     assert {row["kernel"] for row in report["variants"]} == expected
@@ -66,6 +68,7 @@ def test_kernels_use_tensor_cores_and_fit_without_spills(version, dtypes, tmp_pa
         assert row["spilled"] == 0, f"{name} spills: {row}"
         assert row["shared"] <= SHARED_MEMORY_LIMIT, name
         assert (kernel in HOPPER_GEMMS) == (row["descriptor"] > 0), name
+        assert kernel not in PUTS or row["value_a_thread"], name
         if kernel in PLAIN_GEMMS | HOPPER_GEMMS:
             # A warpgroup's product has at least 64 rows; those of a weight's gradient are its own.
             small = kernel != "_weight_gradient" and any(f"rows={rows} " in name for rows in (1, 16, 32))
