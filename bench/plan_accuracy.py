@@ -153,7 +153,11 @@ def layers() -> Iterator[tuple[str, dict[str, tuple[float, float]]]]:
         if report["environment"]["gpu"] not in CLUSTERS:
             continue
         cluster = find_cluster(CLUSTERS[report["environment"]["gpu"]])
-        collectives = {(row["shape"], row["link"], row["direction"]): row["collectives_ms"] for row in report["rows"]}
+        collectives = {
+            (row["shape"], row["tokens"], row["link"]): row["collectives_ms"]
+            for row in report["rows"]
+            if row["direction"] == "forward"
+        }
         for row in report["rows"]:
             if row["link"] == "ib400":  # puts, whose rate the plan does not have
                 continue
@@ -167,7 +171,7 @@ def layers() -> Iterator[tuple[str, dict[str, tuple[float, float]]]]:
             streams, fused = (predict_once(replace(job, transport=way)).directions for way in ("streams", "fused"))
             forward = row["direction"] == "forward"
             passes = slice(1) if forward else slice(2)
-            moved = [collectives[row["shape"], row["link"], "forward"]]
+            moved = [collectives[row["shape"], row["tokens"], row["link"]]]
             moved += [] if forward else [row["collectives_ms"] - moved[0]]
             predicted = {
                 "blocking": sum(one.blocking for one in streams[passes]),
@@ -178,9 +182,10 @@ def layers() -> Iterator[tuple[str, dict[str, tuple[float, float]]]]:
             if row.get("fused_combine", "direct") == "direct" and rate is None:  # the plan's fused transport
                 predicted["fused"] = sum(one.farskip for one in fused[passes])
             link = "NVLink" if rate is None else f"{rate:g} GB/s"
+            where = f"{row['ranks']} GPUs, T {row['tokens']}, {link}"
             names = dict.fromkeys(("by streams", GIVEN), "paper")
             yield (
-                f"{row['shape']}, {row['ranks']} GPUs, {link}, {row['direction'].replace('_', ' and ')}",
+                f"{row['shape']}, {where}, {row['direction'].replace('_', ' and ')}",
                 {way: (row[f"{names.get(way, way)}_ms"], ms) for way, ms in predicted.items()},
             )
 

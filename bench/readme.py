@@ -290,7 +290,7 @@ def _joined(parts: Iterable[str]) -> str:
 
 def _on(results: Sequence[Result]) -> str:
     """The machines, and between commas the versions and dates of all results."""
-    machines = " and ".join(_unique(f"{COUNTS[result.gpus]} {_gpu(result)}" for result in results))
+    machines = _listed(_unique(f"{COUNTS[result.gpus]} {_gpu(result)}" for result in results))
     facts = []
     for key, name in VERSIONS.items():
         values = sorted({each[key] for result in results if key in (each := result.report["environment"])})
@@ -307,6 +307,12 @@ def _command(benchmark: str, rows: Iterable[Row], **flags: Sequence[Any]) -> str
     return " ".join(["farskip bench", benchmark, *_unique(row["shape"] for row in rows), *options])
 
 
+def _listed(values: Sequence[Any]) -> str:
+    """``1, 2 and 3``."""
+    *first, last = map(str, values)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def _unique(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
@@ -316,7 +322,7 @@ def _title(shape: str) -> str:
 
 
 def _tokens(rows: Sequence[Row]) -> str:
-    return f"{' and '.join(str(count) for count in _unique(row['tokens'] for row in rows))} tokens a rank"
+    return f"{_listed(sorted({row['tokens'] for row in rows}))} tokens a rank"
 
 
 def _shares(rows: Sequence[Row]) -> str:

@@ -62,17 +62,19 @@ def parts(gpus: int) -> list[Part]:
     ]  # fmt: skip
     for world in WORLDS:
         ranks = ("--ranks", str(world))
-        sizes = ("--sms", "20", "--sms", "8", "--tokens", "4096", "--tokens", "128")
+        splits = ("--sms", "20", "--sms", "8", "--tokens", "4096", "--tokens", "128")
         found += [
-            Part("comm", world, "comm", (*CLI, "comm", *models, *ranks, *sizes), 8, ("nvshmem",)),
+            Part("comm", world, "comm", (*CLI, "comm", *models, *ranks, *splits), 8, ("nvshmem",)),
             Part("fused", world, "fused", (*CLI, "fused", v2_lite, *ranks, "--link", "none"), 5, ("nvshmem",)),
             Part("all-reduce", world, "all-reduce", (*CLI, "all-reduce", *ranks), 5, ("nvshmem",)),
         ]
         for short, name in MODELS.items():
             layer = (*CLI, "layer", name, *ranks)
             stores, puts = ("--link", "none", "--link", "50"), ("--link", "ib400")
+            sizes = ("--link", "none", "--tokens", "1024", "--tokens", "8192")
             found += [
                 Part("layer", world, f"layer-{short}", (*layer, *stores), 8, ("nvshmem",)),
+                Part("layer", world, f"layer-{short}-tokens", (*layer, *sizes), 8, ("nvshmem",)),
                 Part("layer", world, f"layer-{short}-ib400", (*layer, *puts), 8, ("nvshmem",)),
                 Part("vllm", world, f"vllm-{short}", (*CLI, "vllm", name, *ranks), 15, ("vllm", "nvshmem")),
             ]
