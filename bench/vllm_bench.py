@@ -2,7 +2,8 @@
 
 Models are cut to 8 layers and have dummy weights, so that a config.json is all they need. One engine a variant, each in
 processes of its own on the same GPUs, started together and all alive at once; every point is measured in rounds, the
-variants of a round in random order with the same prompts. CUDA graphs are on, prefix caching is off. Several GPUs are
+variants of a round in random order with the same prompts. Each engine has processors of its own, since workers of one
+that has nothing to do spin for a second before they sleep. CUDA graphs are on, prefix caching is off. Several GPUs are
 tensor-parallel ranks with the experts split over them, as vLLM's --tensor-parallel-size with --enable-expert-parallel.
 """
 
@@ -104,7 +105,12 @@ def config_of(model: str, variant: str) -> dict[str, Any]:
 
 def _measure_model(model: str, rounds: int, ranks: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        engines = {variant: _Engine(model, variant, Path(folder), ranks) for variant in VARIANTS}
+        processors = sorted(os.sched_getaffinity(0))
+        share = max(len(processors) // len(VARIANTS), 1)
+        engines = {
+            variant: _Engine(model, variant, Path(folder), ranks, processors[at * share :][:share] or processors)
+            for at, variant in enumerate(VARIANTS)
+        }
         try:
             for engine in engines.values():
                 engine.answer()  # it has started
@@ -122,7 +128,7 @@ def _measure_model(model: str, rounds: int, ranks: int) -> list[dict[str, Any]]:
 class _Engine:
     """vLLM in a process of its own, which takes the time of its requests."""
 
-    def __init__(self, model: str, variant: str, folder: Path, ranks: int) -> None:
+    def __init__(self, model: str, variant: str, folder: Path, ranks: int, processors: list[int]) -> None:
         self.name = f"{model}, {variant}"
         path = folder / f"{model}-{variant}"
         path.mkdir()
@@ -143,7 +149,7 @@ class _Engine:
         }
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, settings))
+        self._process = context.Process(target=_serve, args=(theirs, settings, processors))
         self._process.start()
         theirs.close()
 
@@ -170,8 +176,9 @@ class _Engine:
         self._process.kill()
 
 
-def _serve(pipe: Any, settings: dict[str, Any]) -> None:
+def _serve(pipe: Any, settings: dict[str, Any], processors: list[int]) -> None:
     """Answer requests until the pipe is closed: first, when the engine has started, then each when it is done."""
+    os.sched_setaffinity(0, processors)
     from vllm import LLM, SamplingParams
 
     try:
