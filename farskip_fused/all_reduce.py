@@ -16,13 +16,12 @@ from torch import Tensor
 
 from farskip_fused.checks import DTYPES, check_not_capturing, check_tokens
 from farskip_fused.errors import UsageError
-from farskip_fused.exchange_setup import WARM_UP_TOKENS, share_multiprocessors
+from farskip_fused.exchange_setup import WARM_UP_TOKENS, load_kernels, share_multiprocessors
 from farskip_fused.kernels import all_reduce
 from farskip_fused.kernels.all_reduce import ReduceRound, unit_of
-from farskip_fused.kernels.machine import INTERPRETED, aligned
+from farskip_fused.kernels.machine import aligned
 from farskip_fused.symmetric import SymmetricMemory
 from farskip_fused.symmetric.interface import join
-from farskip_fused.symmetric.local import LocalMemory
 from farskip_fused.symmetric.slots import MINIMUM_DEPTH, Rounds, Ticket, open_once, padded_regions
 
 # One shot as long as a rank's message times the number of ranks is no more: 512 KiB between 4, 256 KiB between 8. Two
@@ -144,23 +143,18 @@ class AllReduce:
         """
         memory, shape = self.memory, self.shape
         check_not_capturing(memory.device)
-        if not INTERPRETED:  # nothing is compiled or loaded there
-            self._load_kernels()
+        load_kernels(memory, self._launch_all)
         self._slots = open_once(memory, shape, lambda: _Slots(memory, shape))
         memory.synchronize()
         memory.barrier()
 
-    def _load_kernels(self) -> None:
-        """Launch every variant on a world of one: loading a module while a kernel waits for a peer deadlocks."""
-        scratch = LocalMemory(self.memory.device, timeout=60.0)
-        scratch.link_rate = self.memory.link_rate
+    def _launch_all(self, scratch: SymmetricMemory) -> None:
         # Slots for two shots have room for one of as many tokens, between so few ranks.
         slots = _Slots(scratch, replace(self.shape, max_tokens=WARM_UP_TOKENS, one_shot_bytes=0))
         x = torch.zeros(WARM_UP_TOKENS, self.shape.hidden_size, dtype=self.shape.dtype, device=scratch.device)
         for two_shot in (False, True):
             for residual in (None, x):
                 PendingSum(slots, self._round(slots), x, two_shot).finish(residual=residual)
-        scratch.synchronize()
 
     def _round(self, slots: _Slots) -> tuple[Ticket, ReduceRound]:
         ticket, paced = slots.take_ticket(), self.memory.link_rate is not None

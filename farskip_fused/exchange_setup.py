@@ -10,6 +10,7 @@ import torch
 from farskip_fused.errors import UsageError
 from farskip_fused.flight import Exchange
 from farskip_fused.kernels import dispatch
+from farskip_fused.kernels.launchable import compile_ahead
 from farskip_fused.kernels.machine import INTERPRETED
 from farskip_fused.kernels.tiles import choose_tile_rows
 from farskip_fused.schedule import COMMUNICATION
@@ -67,33 +68,39 @@ def set_up(
 ) -> Exchange:
     """Allocate the slots (shared with layers of the same shape) and load every kernel; collective.
 
-    warm_up: launches every variant of every kernel once, on at most WARM_UP_TOKENS tokens. It is given an exchange of
-    a world of one: loading a module while another kernel waits for a peer deadlocks.
+    warm_up: launches every variant of every kernel, on at most WARM_UP_TOKENS tokens; see ``load_kernels``.
     """
-    if not INTERPRETED:  # nothing is compiled or loaded there
-        _load_kernels(memory, shape, num_experts, options, warm_up)
+
+    def launch_all(scratch: SymmetricMemory) -> None:
+        small = open_slots(scratch, replace(shape, max_tokens=WARM_UP_TOKENS))
+        warm_up(_new_exchange(small, memory.world, shape, num_experts, options))
+        dispatch.load_orders(memory.device, num_experts)
+
+    load_kernels(memory, launch_all)
     exchange = _new_exchange(open_slots(memory, shape), memory.world, shape, num_experts, options)
     memory.synchronize()
     memory.barrier()
     return exchange
 
 
-def _load_kernels(
-    memory: SymmetricMemory,
-    shape: SlotShape,
-    num_experts: int,
-    options: ExchangeOptions,
-    warm_up: Callable[[Exchange], None],
-) -> None:
+def load_kernels(memory: SymmetricMemory, launch_all: Callable[[SymmetricMemory], None]) -> None:
+    """Compile and load every kernel that ``launch_all`` launches; it is called twice, with memory of a world of one.
+
+    Of a world of one, since loading a module while another kernel waits for a peer deadlocks.
+    """
+    if INTERPRETED:  # nothing is compiled or loaded
+        return
     from farskip_fused.symmetric.local import LocalMemory
 
-    scratch = LocalMemory(memory.device, timeout=60.0)
-    scratch.puts, scratch.link_rate = memory.puts, memory.link_rate
-    small = open_slots(scratch, replace(shape, max_tokens=WARM_UP_TOKENS))
-    warm_up(_new_exchange(small, memory.world, shape, num_experts, options))
-    dispatch.load_orders(memory.device, num_experts)
-    scratch.synchronize()
-    scratch.close()
+    def on_scratch() -> None:
+        scratch = LocalMemory(memory.device, timeout=60.0)
+        scratch.puts, scratch.link_rate = memory.puts, memory.link_rate
+        launch_all(scratch)
+        scratch.synchronize()
+        scratch.close()
+
+    compile_ahead(on_scratch, memory.device, memory.rank / memory.world)
+    on_scratch()
 
 
 def _new_exchange(slots: Slots, world: int, shape: SlotShape, num_experts: int, options: ExchangeOptions) -> Exchange:

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import core
 
+from .launchable import Kernel
 from .machine import INTERPRETED
 from .protocol import (
     COMBINE_ROWS,
@@ -146,6 +147,7 @@ def _of_warp(WARPS: tl.constexpr, LANES: tl.constexpr):
     return tl.arange(0, WARPS * LANES) // LANES
 
 
+@Kernel
 @triton.jit
 def _signal(context, ticket, FLAGS: tl.constexpr, PLANE: tl.constexpr):
     peer = tl.program_id(0).to(tl.int64)
@@ -154,6 +156,7 @@ def _signal(context, ticket, FLAGS: tl.constexpr, PLANE: tl.constexpr):
         _set_signal(context, tl.load(context + FLAGS) + index * 8, tl.load(ticket), peer)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["entries"])
 def _put_routing(context, ticket, entries, TOP_K: tl.constexpr, WARPS: tl.constexpr, LANES: tl.constexpr):
     peer = tl.program_id(0).to(tl.int64)
@@ -174,6 +177,7 @@ def _put_routing(context, ticket, entries, TOP_K: tl.constexpr, WARPS: tl.conste
         _quiet()
 
 
+@Kernel
 @triton.jit
 def _put_rows(
     context, ticket, experts, order, entries,
@@ -201,6 +205,7 @@ def _put_rows(
         _quiet()
 
 
+@Kernel
 @triton.jit(do_not_specialize=["rows"])
 def _put_sums(
     context, ticket, turns, rows, NBYTES: tl.constexpr, TOP_K: tl.constexpr, PACED: tl.constexpr,
@@ -223,6 +228,7 @@ def _put_sums(
         _quiet()
 
 
+@Kernel
 @triton.jit(do_not_specialize=["entries"])
 def _put_scalars(context, ticket, places, entries, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     if is_alive(context):

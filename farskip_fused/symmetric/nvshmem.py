@@ -60,7 +60,7 @@ class NvshmemMemory(GroupMemory):
         addresses = self.allocate(ALIGNMENT).addresses
         others = set(range(self.world)) - {self.rank}
         put_to = others if by_put else {peer for peer in others if addresses[peer] == 0}
-        launch = {"extern_libs": {"libnvshmem_device": _device_library(device)}} if put_to else {}
+        launch = {"extern_libs": (("libnvshmem_device", _device_library(device)),)} if put_to else {}
         if put_to:
             knobs.runtime.kernel_load_end_hook.add(_initialise_module)
         self._reach_by_put(put_to, launch)

@@ -286,7 +286,7 @@ def put_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
         library = Path(folder) / "nvshmem.ll"
         library.write_text(NVSHMEM)
         for paced in (False, True):
-            round_ = Round(context, context, 4, 8, paced, {"extern_libs": {"nvshmem": str(library)}})
+            round_ = Round(context, context, 4, 8, paced, {"extern_libs": (("nvshmem", str(library)),)})
             for scale_bytes in (0, 64):
                 a = (round_, ids, order, order[:1], EXPERTS, 0, 2 * HIDDEN, 2 * HIDDEN, scale_bytes)
                 yield f"{paced=} {scale_bytes=}", lambda a=a: put.put_rows(*a)

@@ -17,9 +17,12 @@ class Compiles:
     """In place of a kernel of Triton's: ``compile``s at each launch, and notes what its compiled forms are given."""
 
     def __init__(self):
-        self.compiled, self.launched = [], []
+        self.compiled, self.launched, self.ahead = [], [], []
         names = ("values", "count", "SIZE", "KEEP")
         self.params = [SimpleNamespace(name=name, default=False, is_constexpr=name.isupper()) for name in names]
+
+    def warmup(self, *arguments, grid, **constants):
+        self.ahead.append((arguments[1], constants["SIZE"]))
 
     def __getitem__(self, grid):
         def launch(*arguments, **constants):
@@ -74,6 +77,53 @@ def test_what_triton_specialises_for_is_another_form(function, other):
         kernel[(1,)](call.pop("values"), call.pop("count"), **call)
     assert len(function.compiled) == 2
     assert [form for form, *_ in function.launched] == [1, 2]
+
+
+@pytest.fixture
+def without_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+
+
+def test_forms_are_compiled_ahead_once_each_and_nothing_is_launched(function, without_gpu):
+    kernel, other = launchable.Kernel(function), launchable.Kernel(Compiles())
+    values = torch.empty(16)
+
+    def launches():
+        for size in (8, 16, 8):
+            kernel[(1,)](values, 32, SIZE=size)
+        other[(1,)](values, 32, SIZE=8)
+
+    launchable.compile_ahead(launches, torch.device("cuda"))
+    assert sorted(function.ahead) == [(32, 8), (32, 16)]
+    assert other.function.ahead == [(32, 8)]
+    assert function.compiled == function.launched == []
+    launches()
+    assert len(function.compiled) == 2
+    assert len(function.launched) == 1
+
+
+def test_ranks_begin_to_compile_at_different_forms(function, without_gpu, monkeypatch):
+    monkeypatch.setattr(launchable.os, "sched_getaffinity", lambda _: {0})  # one thread, so that there is an order
+    orders = []
+    for rank in range(3):
+        kernel = launchable.Kernel(Compiles())
+        launchable.compile_ahead(
+            lambda kernel=kernel: [kernel[(1,)](None, 32, SIZE=size) for size in range(6)],
+            torch.device("cuda"),
+            rank / 3,
+        )
+        orders.append([size for _, size in kernel.function.ahead])
+    assert orders == [[0, 1, 2, 3, 4, 5], [2, 3, 4, 5, 0, 1], [4, 5, 0, 1, 2, 3]]
+
+
+def test_what_does_not_compile_ahead_says_why_and_later_launches_are_done(function, without_gpu):
+    kernel = launchable.Kernel(function)
+    with pytest.raises(KeyError, match="SIZE"):
+        launchable.compile_ahead(lambda: kernel[(1,)](None, 32, OTHER=8), torch.device("cuda"))
+    with pytest.raises(ZeroDivisionError):
+        launchable.compile_ahead(lambda: 1 // 0, torch.device("cuda"))
+    kernel[(1,)](None, 32, SIZE=8)
+    assert len(function.compiled) == 1
 
 
 def test_constants_among_the_arguments_are_refused(function):
