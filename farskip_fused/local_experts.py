@@ -79,7 +79,8 @@ def compute_experts(
     if expert_map is None:
         where = _arrange(hidden_states, ids, w13, layout.local_layout)
     else:
-        where = _sort(hidden_states, ids, w13, partial(layout.local_layout, expert_map=expert_map))
+        sort = partial(layout.local_layout, expert_map=expert_map)
+        where = _sort(hidden_states, ids, w13, sort, ids.numel() * w13.shape[0] // expert_map.shape[0])
     values, _ = _outputs(hidden_states, w13, w2, where, transposed=False, keep_gate_up=False)
     _sum(values, top_k_weights.float(), where, w13.shape[0], result)
 
@@ -107,8 +108,11 @@ def _arrange(hidden_states: Tensor, ids: Tensor, w13: Tensor, sort: Callable[...
     return _sort(hidden_states, ids, w13, sort)
 
 
-def _sort(hidden_states: Tensor, ids: Tensor, w13: Tensor, sort: Callable[..., Any]) -> Layout:
-    tile_rows = tuning.tile_rows(ids.numel(), hidden_states, w13)
+def _sort(
+    hidden_states: Tensor, ids: Tensor, w13: Tensor, sort: Callable[..., Any], entries: int | None = None
+) -> Layout:
+    """entries: how many there are for these experts, on average; None for all."""
+    tile_rows = tuning.tile_rows(ids.numel() if entries is None else entries, hidden_states, w13)
     order, places, offsets, tiles, tile_count = sort(ids, w13.shape[0], tile_rows)[:5]
     return Layout(order, places, offsets, tiles, tile_count, tile_rows)
 

@@ -72,6 +72,19 @@ def test_unrouted_entries_and_repeated_experts_are_ordinary():
         assert_close(value, exact, torch.float32)
 
 
+@pytest.mark.parametrize("tokens", [1, TOKENS])
+def test_experts_of_other_ranks_add_nothing_where_a_map_says_which_are_here(tokens):
+    hidden_states, index, weights, w13, w2 = (tensor.detach() for tensor in random_call(tokens))
+    expert_map = torch.full((EXPERTS,), -1, dtype=torch.int32, device=DEVICE)
+    here = torch.randperm(EXPERTS, device=DEVICE)[: EXPERTS // 2]
+    expert_map[here] = torch.arange(len(here), dtype=torch.int32, device=DEVICE)
+    result = torch.full_like(hidden_states, float("nan"))
+    local_experts.compute_experts(hidden_states, index, weights, w13[here], w2[here], result, expert_map)
+    exact = (tensor.double() for tensor in (weights, w13[here], w2[here]))
+    expected = reference.experts(hidden_states.double(), expert_map[index], *exact)
+    assert_close(result, expected, torch.float32)
+
+
 def test_any_integers_and_any_floating_point_weights_will_do():
     hidden_states, index, weights, w13, w2 = random_call()
     weights = weights.detach().half()
