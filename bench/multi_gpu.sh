@@ -36,7 +36,8 @@ if ((GPUS >= WORLD)); then
   # A test's ranks take longer to start than to run, and GPUs take turns between processes.
   MARK=rung4 LANES=$((2 * WORLD)) WHERE="$WORLD ranks, a GPU each"
   # So that no test takes more, and that each lane starts at other GPUs (tests/conftest.py).
-  export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((WORLD - 1)))}
+  visible=${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((WORLD - 1)))}
+  export CUDA_VISIBLE_DEVICES=$(cut -d, -f "1-$WORLD" <<<"$visible")
 else
   MARK=rung3 LANES=0 WHERE="rehearsal: $WORLD ranks on GPU 0 of $GPUS"
 fi

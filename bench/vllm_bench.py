@@ -2,9 +2,10 @@
 
 Models are cut to 8 layers and have dummy weights, so that a config.json is all they need. One engine a variant, each in
 processes of its own on the same GPUs, started together and all alive at once; every point is measured in rounds, the
-variants of a round in random order with the same prompts. Each engine has processors of its own, since workers of one
-that has nothing to do spin for a second before they sleep. CUDA graphs are on, prefix caching is off. Several GPUs are
-tensor-parallel ranks with the experts split over them, as vLLM's --tensor-parallel-size with --enable-expert-parallel.
+variants of a round in random order with the same prompts. Each engine has logical processors of its own, since workers
+of one that has nothing to do spin for a second before they sleep. CUDA graphs are on, prefix caching is off. Several
+GPUs are tensor-parallel ranks with the experts split over them, as vLLM's --tensor-parallel-size with --enable-expert-
+parallel.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import tempfile
 import time
 import traceback
+from contextlib import suppress
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,6 +126,8 @@ def _measure_model(model: str, rounds: int, ranks: int) -> list[dict[str, Any]]:
             return cells
         finally:
             for engine in engines.values():
+                engine.pipe.close()
+            for engine in engines.values():
                 engine.stop()
 
 
@@ -148,20 +154,23 @@ class _Engine:
             "additional_config": {} if variant == "stock" else {"farskip_experts": True},
         }
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
+        self.pipe, theirs = context.Pipe()  # closed, it ends the engine
         self._process = context.Process(target=_serve, args=(theirs, settings, processors))
         self._process.start()
         theirs.close()
 
     def elapsed(self, prompts: list[list[int]], new_tokens: int) -> float:
         """ms from the request to all of its tokens."""
-        self._pipe.send((prompts, new_tokens))
+        with suppress(BrokenPipeError):  # the process is gone; ``answer`` says how
+            self.pipe.send((prompts, new_tokens))
         return self.answer()
 
     def answer(self) -> float:
         """What the process says next; RuntimeError with its traceback if it failed."""
+        # Not the end of the pipe alone: the engine's own processes have inherited it, and may outlive this one.
+        ready = connection.wait([self.pipe, self._process.sentinel])
         try:
-            said = self._pipe.recv()
+            said = self.pipe.recv() if self.pipe in ready else f"exit code {self._process.exitcode}"
         except EOFError:
             self._process.join()
             said = f"exit code {self._process.exitcode}"
@@ -170,32 +179,36 @@ class _Engine:
         return float(said)
 
     def stop(self) -> None:
-        """Let the engine take its processes down, and wait until it has."""
-        self._pipe.close()
+        """Wait until the engine has ended, and end what is left of its processes."""
         self._process.join(30)
-        self._process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid or 0, signal.SIGKILL)
+        self._process.join()
 
 
 def _serve(pipe: Any, settings: dict[str, Any], processors: list[int]) -> None:
     """Answer requests until the pipe is closed: first, when the engine has started, then each when it is done."""
+    os.setsid()  # a group of its own, which ends as a whole
     os.sched_setaffinity(0, processors)
-    from vllm import LLM, SamplingParams
-
+    engine = None
     try:
+        from vllm import LLM, SamplingParams
+
         engine = LLM(**settings)
         pipe.send(0.0)
         while True:
-            try:
-                prompts, new_tokens = pipe.recv()
-            except EOFError:
-                break
+            prompts, new_tokens = pipe.recv()
             how = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
             start = time.perf_counter()
             engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], how, use_tqdm=False)
             pipe.send((time.perf_counter() - start) * 1e3)
-        engine.llm_engine.engine_core.shutdown()
+    except (EOFError, BrokenPipeError):
+        pass
     except Exception:
-        pipe.send(traceback.format_exc())
+        with suppress(BrokenPipeError):
+            pipe.send(traceback.format_exc())
+    if engine is not None:
+        engine.llm_engine.engine_core.shutdown()
 
 
 def _measure(engines: dict[str, _Engine], point: Point, vocabulary: int, rounds: int) -> dict[str, Timing]:

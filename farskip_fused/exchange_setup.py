@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -84,9 +85,9 @@ def set_up(
 
 
 def load_kernels(memory: SymmetricMemory, launch_all: Callable[[SymmetricMemory], None]) -> None:
-    """Compile and load every kernel that ``launch_all`` launches; it is called twice, with memory of a world of one.
+    """Compile and load every kernel that ``launch_all`` launches; collective.
 
-    Of a world of one, since loading a module while another kernel waits for a peer deadlocks.
+    It is called twice, with memory of a world of one: loading a module while another kernel waits for a peer deadlocks.
     """
     if INTERPRETED:  # nothing is compiled or loaded
         return
@@ -99,7 +100,9 @@ def load_kernels(memory: SymmetricMemory, launch_all: Callable[[SymmetricMemory]
         scratch.synchronize()
         scratch.close()
 
-    compile_ahead(on_scratch, memory.device, memory.rank / memory.world)
+    hosts = memory.gather(socket.gethostname())
+    here = [rank for rank, host in enumerate(hosts) if host == hosts[memory.rank]]
+    compile_ahead(on_scratch, memory.device, here.index(memory.rank), len(here))
     on_scratch()
 
 

@@ -77,11 +77,12 @@ def compute_experts(
     """
     ids = aligned(_wide(top_k_index))
     if expert_map is None:
+        entries = ids.numel()
         where = _arrange(hidden_states, ids, w13, layout.local_layout)
     else:
-        sort = partial(layout.local_layout, expert_map=expert_map)
-        where = _sort(hidden_states, ids, w13, sort, ids.numel() * w13.shape[0] // expert_map.shape[0])
-    values, _ = _outputs(hidden_states, w13, w2, where, transposed=False, keep_gate_up=False)
+        entries = ids.numel() * w13.shape[0] // expert_map.shape[0]  # on average
+        where = _sort(hidden_states, ids, w13, partial(layout.local_layout, expert_map=expert_map), entries)
+    values, _ = _outputs(hidden_states, w13, w2, where, entries, transposed=False, keep_gate_up=False)
     _sum(values, top_k_weights.float(), where, w13.shape[0], result)
 
 
@@ -111,7 +112,7 @@ def _arrange(hidden_states: Tensor, ids: Tensor, w13: Tensor, sort: Callable[...
 def _sort(
     hidden_states: Tensor, ids: Tensor, w13: Tensor, sort: Callable[..., Any], entries: int | None = None
 ) -> Layout:
-    """entries: how many there are for these experts, on average; None for all."""
+    """entries: as of ``_outputs``; None for all."""
     tile_rows = tuning.tile_rows(ids.numel() if entries is None else entries, hidden_states, w13)
     order, places, offsets, tiles, tile_count = sort(ids, w13.shape[0], tile_rows)[:5]
     return Layout(order, places, offsets, tiles, tile_count, tile_rows)
@@ -218,15 +219,16 @@ def _expert_outputs(hidden_states: Tensor, w13: Tensor, w2: Tensor, *rest: Any) 
     if not where.is_sorted:
         check_ids(where.places, w13.shape[0])
         where = layout.unsorted_layout(aligned(where.places))
-    values, gate_up = _outputs(hidden_states, w13, w2, where, transposed, keep_gate_up)
+    values, gate_up = _outputs(hidden_states, w13, w2, where, where.places.numel(), transposed, keep_gate_up)
     return values, values.new_empty(0, w13.shape[2 if transposed else 1]) if gate_up is None else gate_up
 
 
 def _outputs(
-    hidden_states: Tensor, w13: Tensor, w2: Tensor, where: Layout, transposed: bool, keep_gate_up: bool
+    hidden_states: Tensor, w13: Tensor, w2: Tensor, where: Layout, entries: int, transposed: bool, keep_gate_up: bool
 ) -> tuple[Tensor, Tensor | None]:
+    """entries: how many the block sizes of ``where`` were chosen for."""
     rows, w13, w2 = aligned(hidden_states), aligned(w13), aligned(w2)
-    choice = tuning.choose(where.places.numel(), rows, w13)
+    choice = tuning.choose(entries, rows, w13)
     gate_up, activated = experts.up_swiglu(rows, where, where.places.shape[1], w13, keep_gate_up, transposed, choice)
     return experts.project(activated, where, w2, 2 if transposed else 1, choice), gate_up
 

@@ -38,10 +38,10 @@ class Kernel:
 
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         key = driver.active.get_current_device(), *map(_form, arguments), *constants.items()
-        found = self._compiled.get(key)
-        if _noted is not None:
+        found, noted = self._compiled.get(key), _noted
+        if noted is not None:
             if found is None:
-                _noted[self, key] = partial(self.function.warmup, *arguments, grid=grid, **constants)
+                noted[self, key] = partial(self.function.warmup, *arguments, grid=grid, **constants)
             return
         if found is not None:
             compiled, values = found
@@ -69,11 +69,11 @@ def _form(argument: Any) -> Any:
     return argument.base.dtype, *argument.block_shape
 
 
-def compile_ahead(launches: Callable[[], Any], device: torch.device, share: float = 0.0) -> None:
-    """Compile every form that ``launches`` launches, several at a time; nothing is launched.
+def compile_ahead(launches: Callable[[], Any], device: torch.device, rank: int = 0, world: int = 1) -> None:
+    """Compile every form that ``launches`` launches, several at a time; nothing is launched, by no thread.
 
-    One by one, as they are launched, 250 forms take minutes. share: of the forms, where to begin. Ranks that begin at
-    different ones find in Triton's cache on disk what the others have compiled.
+    rank, world: of those on this host. They share the processors, and begin at different forms, so that they find in
+    Triton's cache on disk what others have compiled. One by one, as they are launched, 250 forms take minutes.
     """
     global _noted
     noted: dict[Any, Callable[[], Any]] = {}
@@ -83,8 +83,11 @@ def compile_ahead(launches: Callable[[], Any], device: torch.device, share: floa
     finally:
         _noted = None
     steps = list(noted.values())
-    first = int(share * len(steps))
-    threads = len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(threads, initializer=torch.cuda.set_device, initargs=(device,)) as pool:
+    first = rank * len(steps) // world
+    threads = max(len(os.sched_getaffinity(0)) // world, 1)
+    pool = ThreadPoolExecutor(threads, initializer=torch.cuda.set_device, initargs=(device,))
+    try:
         for compiled in [pool.submit(step) for step in steps[first:] + steps[:first]]:
             compiled.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -73,7 +73,12 @@ def test_unrouted_entries_and_repeated_experts_are_ordinary():
 
 
 @pytest.mark.parametrize("tokens", [1, TOKENS])
-def test_experts_of_other_ranks_add_nothing_where_a_map_says_which_are_here(tokens):
+def test_experts_of_other_ranks_add_nothing_where_a_map_says_which_are_here(tokens, monkeypatch):
+    asked = []
+    choose = local_experts.tuning.choose
+    monkeypatch.setattr(
+        local_experts.tuning, "choose", lambda entries, *rest: asked.append(entries) or choose(entries, *rest)
+    )
     hidden_states, index, weights, w13, w2 = (tensor.detach() for tensor in random_call(tokens))
     expert_map = torch.full((EXPERTS,), -1, dtype=torch.int32, device=DEVICE)
     here = torch.randperm(EXPERTS, device=DEVICE)[: EXPERTS // 2]
@@ -83,6 +88,7 @@ def test_experts_of_other_ranks_add_nothing_where_a_map_says_which_are_here(toke
     exact = (tensor.double() for tensor in (weights, w13[here], w2[here]))
     expected = reference.experts(hidden_states.double(), expert_map[index], *exact)
     assert_close(result, expected, torch.float32)
+    assert asked == 2 * [tokens * TOP_K // 2]  # for the layout and for the GEMMs, what is here on average
 
 
 def test_any_integers_and_any_floating_point_weights_will_do():

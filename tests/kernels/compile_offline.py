@@ -190,7 +190,7 @@ INSTRUCTIONS = {"warpgroup": "wgmma.mma_async", "warp": "mma.sync", "descriptor"
 
 def describe(kernel: Any) -> dict[str, int]:
     """Tensor-core instructions of a warpgroup and of a warp, loads through descriptors; bytes of a thread's own memory,
-    where registers are spilled to, and of a block's shared memory; whether every block has a value a thread.
+    where registers are spilled to, and of a block's shared memory; whether there are blocks, all of a value a thread.
     """
     found = {name: len(re.findall(rf"\b{re.escape(text)}\b", kernel.asm["ptx"])) for name, text in INSTRUCTIONS.items()}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -206,7 +206,7 @@ def describe(kernel: Any) -> dict[str, int]:
     return found | {
         "spilled": spilled,
         "shared": kernel.metadata.shared,
-        "value_a_thread": all(layout == value_a_thread for layout in layouts),
+        "value_a_thread": set(layouts) == {value_a_thread},
     }
 
 
