@@ -23,7 +23,7 @@ from torch import Tensor
 
 from farskip_fused.bench.rounds import align, dispatch_with_routing, in_round, time_launches
 from farskip_fused.bench.shapes import Shape, random_routing
-from farskip_fused.exchange_setup import WARM_UP_TOKENS, ExchangeOptions, set_up
+from farskip_fused.exchange_setup import ExchangeOptions, set_up, warm_up_ids
 from farskip_fused.expert_parallel import Pending
 from farskip_fused.flight import Exchange
 from farskip_fused.kernels import combine, dispatch, experts, experts_backward
@@ -74,13 +74,11 @@ class Inputs(NamedTuple):
     w13: Tensor
     w2: Tensor
 
-    def few(self, num_experts: int) -> Inputs:
-        """For a warm-up on a world of one, which has the first ``num_experts`` experts alone."""
-        top_k = self.ids.shape[1]
-        ids = torch.arange(top_k, dtype=torch.int32, device=self.ids.device)
-        ids = torch.where(ids < num_experts, ids, -1).expand(WARM_UP_TOKENS, -1).contiguous()
+    def few(self, exchange: Exchange) -> Inputs:
+        """For a warm-up on a world of one."""
+        ids = warm_up_ids(exchange)
         rows, weights, gradient = (
-            each.new_ones(WARM_UP_TOKENS, each.shape[1]) for each in (self.rows, self.weights, self.gradient)
+            each.new_ones(len(ids), each.shape[1]) for each in (self.rows, self.weights, self.gradient)
         )
         return self._replace(rows=rows, ids=ids, weights=weights, gradient=gradient)
 
@@ -114,7 +112,7 @@ def _measure(memory: SymmetricMemory, case: Case, iterations: int) -> Measured:
     options = ExchangeOptions(num_comm_sms=case.sms, max_pairs=pairs)
     slots = SlotShape(case.tokens, shape.hidden, shape.top_k, dtype)
     # Every launch once on a world of one: no kernel is loaded while another waits for a peer.
-    exchange = set_up(memory, slots, shape.experts, options, lambda small: _Layer(small, inputs.few(local)).run_all())
+    exchange = set_up(memory, slots, shape.experts, options, lambda small: _Layer(small, inputs.few(small)).run_all())
     layer = _Layer(exchange, inputs)
     differences = layer.compare()
     memory.synchronize()

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from farskip_fused.bench.rounds import align, in_round
-from farskip_fused.exchange_setup import WARM_UP_TOKENS
+from farskip_fused.exchange_setup import warm_up_ids
 from farskip_fused.expert_parallel import Dispatch, Pending
 from farskip_fused.flight import Exchange, Flight
 from farskip_fused.kernels import combine, dispatch, experts, experts_backward
@@ -292,13 +292,11 @@ class MeasuredMoE(FusedMoE):
     def _warm_up(self, exchange: Exchange) -> None:
         FusedExperts._warm_up(self, exchange)  # without the gate: a pass without peers loads it for the tokens it gets
         in_round(exchange, align)
-        tokens, local = WARM_UP_TOKENS, self.w13.shape[0]
-        ids = torch.arange(self.top_k, dtype=torch.int32, device=self.w13.device).expand(tokens, -1)
-        ids = torch.where(ids < local, ids, -1)
+        ids = warm_up_ids(exchange)
         for blocking in (False, True):
             for has_backward in (False, True):
                 with torch.set_grad_enabled(has_backward):
-                    x = self.w13.new_zeros(tokens, self.w13.shape[2], requires_grad=True)
+                    x = self.w13.new_zeros(len(ids), self.w13.shape[2], requires_grad=True)
                     weights = torch.ones(ids.shape, device=x.device, requires_grad=True)
                     pending = WholePending(whole_exchange(exchange, blocking), x, ids, weights, self.w13, self.w2)
                     result = pending.finish()

@@ -28,12 +28,7 @@ from farskip_fused.checks import (
     to_global_ids,
 )
 from farskip_fused.errors import UsageError
-from farskip_fused.exchange_setup import (
-    WARM_UP_TOKENS,
-    ExchangeOptions,
-    set_up,
-    size_hint,
-)
+from farskip_fused.exchange_setup import ExchangeOptions, set_up, size_hint, warm_up_ids
 from farskip_fused.expert_parallel import Combine, Dispatch
 from farskip_fused.flight import Exchange, Flight
 from farskip_fused.kernels import combine, dispatch, gather_sum
@@ -100,10 +95,9 @@ class TokenExchange:
     def _warm_up(self, exchange: Exchange) -> None:
         """Launch every variant of every kernel once, with backward and without."""
         shape, device = self.slot_shape, self.ep.device
-        ids = torch.arange(shape.top_k, dtype=torch.int32, device=device)
-        ids = torch.where(ids < exchange.num_local_experts, ids, -1).expand(WARM_UP_TOKENS, -1).contiguous()
-        weights = torch.ones(WARM_UP_TOKENS, shape.top_k, device=device)
-        x = torch.zeros(WARM_UP_TOKENS, shape.hidden_size, device=device, dtype=shape.dtype)
+        ids = warm_up_ids(exchange)
+        weights = torch.ones(ids.shape, device=device)
+        x = torch.zeros(len(ids), shape.hidden_size, device=device, dtype=shape.dtype)
         for norm_weight in (None, x[0]):
             for shared, residual in ((None, None), (x, None), (None, x), (x, x)):
                 handle = Handle(exchange, x, ids, weights)
