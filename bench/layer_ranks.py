@@ -33,9 +33,9 @@ from farskip_fused.bench.layer_ways import (
     WholePending,
     whole_exchange,
 )
-from farskip_fused.bench.nccl_ways import NCCL_WAYS, NcclPending, Routes, nccl_exchange
+from farskip_fused.bench.nccl_ways import NCCL_WAYS, NcclPending, nccl_exchange
 from farskip_fused.bench.rounds import align, in_round
-from farskip_fused.bench.shapes import Shape, random_routing
+from farskip_fused.bench.shapes import Routes, Shape, random_routing
 from farskip_fused.connectivity import Streams
 from farskip_fused.exchange_setup import ExchangeOptions
 from farskip_fused.expert_parallel import Pending
