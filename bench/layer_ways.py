@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from farskip_fused.bench.rounds import align, in_round
 from farskip_fused.exchange_setup import warm_up_ids
-from farskip_fused.expert_parallel import Dispatch, Pending
+from farskip_fused.expert_parallel import Pending
 from farskip_fused.flight import Exchange, Flight
 from farskip_fused.kernels import combine, dispatch, experts, experts_backward
 from farskip_fused.kernels.layout import Layout
@@ -178,18 +178,7 @@ class _ArrivedFlight(Flight):
 
 
 class ArrivedPending(Pending):
-    def __init__(
-        self, exchange: Exchange, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, w13: Tensor,
-        w2: Tensor,
-    ) -> None:  # fmt: skip
-        """As Pending's, with a flight of its own."""
-        self.output_shape = hidden_states.shape
-        self._weights = (w13, w2) if torch.is_grad_enabled() else (w13.detach(), w2.detach())
-        self._main_grads = (None, None)
-        self._top_k_weights, self._hidden_states = top_k_weights.detach(), hidden_states.detach()
-        self._flight = _ArrivedFlight(exchange, top_k_index)
-        self._token = Dispatch.apply(hidden_states, top_k_weights, self._flight)
-        self._computed, self._finished = None, False
+    _new_flight = _ArrivedFlight
 
 
 class ArrivedWholePending(WholePending, ArrivedPending):
