@@ -328,20 +328,14 @@ class _Layer:
 
     # Layer backward
 
-    def _push_weight_gradients(self, round_: Round, parts: Tensor) -> None:
-        combine.push_weight_gradients(round_, parts, self.where.places)
-
-    def _take_weight_gradients(self, round_: Round) -> Tensor:
-        return combine.take_weight_gradients(round_, self.inputs.ids)
-
     def _backward_comm(self, round_: Round) -> None:
         self._send(round_, self.inputs.gradient)
         dispatch.wait_rows(round_)
         combine.wait_to_send(round_)
-        self._push_weight_gradients(round_, self.weight_parts)
+        combine.push_weight_gradients(round_, self.weight_parts, self.where.places)
         combine.announce_sent(round_)
         self._combine_wait(round_, None)
-        self._take_weight_gradients(round_)
+        combine.take_weight_gradients(round_, self.inputs.ids)
 
     def _down_gradient(self, round_: Round, programs: int) -> tuple[Tensor, Tensor, Tensor]:
         assert self.gate_up is not None
@@ -371,11 +365,11 @@ class _Layer:
         dispatch.wait_rows(round_)
         gate_up_gradient, activation, parts = self._down_gradient(round_, self.all_programs)
         self._push_sums(round_, gate_up_gradient, self.inputs.w13, 2, None)
-        self._push_weight_gradients(round_, parts)
+        combine.push_weight_gradients(round_, parts, self.where.places)
         combine.announce_sent(round_)
         w13_gradient, w2_gradient = self._weight_gradients(round_, gate_up_gradient, activation, self.all_programs)
         gradient = self._combine_wait(round_, None, presummed=True)
-        return gradient, self._take_weight_gradients(round_), w13_gradient, w2_gradient
+        return gradient, combine.take_weight_gradients(round_, self.inputs.ids), w13_gradient, w2_gradient
 
     def _backward(self) -> tuple[Tensor, ...]:
         """The layer's own, from one forward pass again and again; each opens its round."""

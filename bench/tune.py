@@ -132,8 +132,7 @@ def layer_timer(shape: Shape, tokens: int, layers: Sequence[Any]) -> Timer:
     """Times a forward pass of the layers with each choice; what does not fit on the GPU is left out."""
     from farskip_fused.bench.experts import as_peer
 
-    calls = decode.calls_of(layers)
-    rotated = [layers[at % len(layers)] for at in range(calls)]
+    rotated = decode.rotated(layers)
     problems = [Problem.random(shape, tokens, layer.w13, layer.w2) for layer in rotated]
 
     def time(choices: Sequence[Choice]) -> dict[Choice, timing.Timing]:
@@ -146,7 +145,7 @@ def layer_timer(shape: Shape, tokens: int, layers: Sequence[Any]) -> Timer:
                     continue
         named = {str(number): graph for number, graph in enumerate(graphs.values())}
         times = timing.interleave(named, budget_ms=300.0, fewest=20).values()
-        return {choice: one.over(calls) for choice, one in zip(graphs, times, strict=True)}
+        return {choice: one.over(len(rotated)) for choice, one in zip(graphs, times, strict=True)}
 
     return time
 
