@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from farskip_fused.bench import timing
-from farskip_fused.bench.peers import Peer, Problem, check
+from farskip_fused.bench.peers import Peer, Problem, as_peer, check, make_experts
 from farskip_fused.bench.shapes import Shape
 from farskip_fused.moe import FusedExperts
 
@@ -28,8 +28,6 @@ def copies_needed(shape: Shape, cache_bytes: int) -> int:
 
 def make_copies(shape: Shape, tokens: int) -> list[FusedExperts]:
     """As many layers on the GPU as are rotated."""
-    from farskip_fused.bench.experts import make_experts
-
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     return [make_experts(shape, tokens) for _ in range(copies_needed(shape, cache))]
 
@@ -41,8 +39,6 @@ def rotated(copies: Sequence[FusedExperts]) -> list[FusedExperts]:
 
 def measure(name: str, shape: Shape, token_counts: Sequence[int], peers: Mapping[str, Peer]) -> list[dict[str, Any]]:
     """One row for each number of tokens: ours and vLLM, the peer that serves; weights read in TB/s."""
-    from farskip_fused.bench.experts import as_peer
-
     copies = make_copies(shape, max(token_counts))
     layers = rotated(copies)
     calls = len(layers)

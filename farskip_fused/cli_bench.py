@@ -36,9 +36,10 @@ def bench_experts(
     """Time the expert layer on one rank beside dense cuBLAS, torch's grouped_mm, vLLM and SonicMoE."""
     from farskip_fused.bench import experts as room
     from farskip_fused.bench import peers, report
+    from farskip_fused.bench.shapes import SHAPES as NAMED
 
     sizes = tokens or list(room.DECODE_TOKENS if decode else room.TOKENS)
-    names, found = shapes or list(room.SHAPES), peer or list(peers.PEERS)
+    names, found = shapes or list(NAMED), peer or list(peers.PEERS)
     result = room.run(names, sizes, found, skewed=skew, decode=decode, gemms=gemms)
     report.render(result)
     write_json(json_file, result)
@@ -53,8 +54,9 @@ def bench_tune(
 ) -> None:
     """Find the fastest block sizes of the expert layer's forward pass on this GPU; FARSKIP_TUNED=FILE applies them."""
     from farskip_fused.bench import experts, tune
+    from farskip_fused.bench.shapes import SHAPES as NAMED
 
-    result = tune.run(shapes or list(experts.SHAPES), tokens or list(experts.DECODE_TOKENS), output)
+    result = tune.run(shapes or list(NAMED), tokens or list(experts.DECODE_TOKENS), output)
     tune.render(result, output)
     write_json(json_file, result)
 
