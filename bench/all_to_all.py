@@ -18,10 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from farskip_fused.bench.collectives import Refused, capture, first_line, synchronize, time_call, together
+from farskip_fused.bench.collectives import Refused, capture, run_others, synchronize, time_call, together
 from farskip_fused.bench.comm_ranks import Case, Measured
 from farskip_fused.bench.shapes import Routes, random_routing
-from farskip_fused.launch import RankFailed, run_ranks
 
 NCCL = "torch's all_to_all_single over NCCL"
 SYMMETRIC = "torch's symmetric-memory all-to-all"
@@ -30,7 +29,6 @@ STEPS = ("dispatch", "combine of sums")
 SHARED = "it is not timed here: NCCL, and what is built on it, refuses two ranks on one GPU"
 DEEPEP_SHARED = "it is timed with a GPU a rank only; the table has its marks of an earlier run"
 DEEPEP_MISSING = "it is not installed; the table has its marks of an earlier run"
-LIMIT = 120.0  # seconds for all cases of one of them
 DEEPEP_BYTES = 10**9  # of its buffer, as its own tests have it
 
 
@@ -56,16 +54,9 @@ def compare(cases: Sequence[tuple[str, Case]], world: int, iterations: int) -> t
         if peer == DEEPEP and importlib.util.find_spec("deep_ep") is None:
             missing[peer] = DEEPEP_MISSING
             continue
-        try:
-            outcomes = run_ranks(
-                measure, world, peer, [case for _, case in taken], iterations,
-                device="cuda", limit=LIMIT, symmetric=False,
-            )  # fmt: skip
-        except RankFailed as error:
-            missing[peer] = f"it failed: {first_line(error)}"
-            continue
-        if isinstance(outcomes[0], str):
-            missing[peer] = outcomes[0]
+        outcomes = run_others(measure, world, peer, [case for _, case in taken], iterations)
+        if isinstance(outcomes, str):
+            missing[peer] = outcomes
             continue
         for (name, case), *measured in zip(taken, *outcomes, strict=True):
             captured = all(is_captured for _, is_captured in measured)

@@ -32,6 +32,7 @@ from farskip_fused.kernels.protocol import Round, SlotRows
 from farskip_fused.local_experts import add_extras
 from farskip_fused.moe import FusedExperts, FusedMoE
 from farskip_fused.symmetric import SymmetricBuffer, SymmetricMemory
+from farskip_fused.symmetric.local import LocalMemory
 from farskip_fused.symmetric.slots import Slots, SlotShape, open_slots
 
 OVERLAPPED = ("paper", "fused")
@@ -185,7 +186,7 @@ class ArrivedWholePending(WholePending, ArrivedPending):
     pass
 
 
-class ArrivedMemory(SymmetricMemory):
+class ArrivedMemory(LocalMemory):
     """This rank alone, in the place of the others too: what it stores at them it stores in its own memory, and all
     that it waits for has come."""
 
@@ -193,7 +194,7 @@ class ArrivedMemory(SymmetricMemory):
     row_flags: Tensor
 
     def __init__(self, memory: SymmetricMemory) -> None:
-        super().__init__(memory.rank, memory.world, memory.device, memory.timeout)
+        SymmetricMemory.__init__(self, memory.rank, memory.world, memory.device, memory.timeout)
 
     def fill(self, shape: SlotShape, ids: Tensor, weights: Tensor) -> Slots:
         """Slots of that shape with rows and the routing of all ranks, ids and weights [world, T, K], in each."""
@@ -214,17 +215,11 @@ class ArrivedMemory(SymmetricMemory):
         return slots
 
     def allocate(self, nbytes: int) -> SymmetricBuffer:
-        memory = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
-        return SymmetricBuffer(memory, [memory.data_ptr()] * self.world)
+        memory, addresses = super().allocate(nbytes)
+        return SymmetricBuffer(memory, addresses * self.world)
 
     def gather(self, value: Any) -> list[Any]:
         return [value] * self.world
-
-    def barrier(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self.buffers.clear()
 
 
 @dataclass(frozen=True)
