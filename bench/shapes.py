@@ -91,7 +91,7 @@ class Routes(NamedTuple):
         world, tokens, _ = all_ids.shape
         owners = all_ids // local
         wanted = torch.stack([(owners[rank] == receiver).any(1) for receiver in range(world)])
-        order = wanted.nonzero()[:, 1]
+        order = wanted.nonzero()[:, 1].contiguous()
         places = torch.full((world, tokens), len(order))
         places[wanted] = torch.arange(len(order))
         here = torch.where(owners == rank, all_ids % local, -1)
@@ -104,6 +104,6 @@ class Routes(NamedTuple):
         return Routes(self.order.to(device), self.places.to(device), self.sent, self.received, self.ids.to(device))
 
     def sum_at_owner(self, returned: Tensor) -> Tensor:
-        """[T, .], the sum of each token's rows among ``returned`` [S + 1, .], of which the last is of no token."""
+        """[T, .], the sum of each token's rows among ``returned``, of S + 1 rows or more, of which S are of tokens."""
         # The fastest gather and sum that is one kernel of torch's; index_add_ would need atomics.
         return torch.nn.functional.embedding_bag(self.places, returned, mode="sum", padding_idx=len(self.order))
