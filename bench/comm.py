@@ -1,4 +1,4 @@
-"""`farskip bench comm`: dispatch and combine between ranks, ours and others' (all_to_all.py).
+"""`farskip bench comm`: dispatch and combine between ranks, ours by push, by pull, and others' (all_to_all.py).
 
 On one GPU the ranks run side by side under MPS, each with its share of the multiprocessors: the link between them is
 the GPU's own memory, so figures compare kernels, not networks. The others need a GPU a rank; DeepEP has marks of an

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from farskip_fused.bench.pull import dispatch_by_pull
 from farskip_fused.bench.rounds import align, dispatch_with_routing, in_round, time_launches
 from farskip_fused.bench.shapes import Shape, random_routing
 from farskip_fused.exchange_setup import ExchangeOptions, set_up
@@ -21,7 +22,7 @@ from farskip_fused.symmetric.slots import SlotShape
 
 # "combine" brings the experts' outputs, summed on their way; "combine of sums" what the caller has summed already, one
 # row a token and rank, which is DeepEP's job.
-STEPS = ("dispatch", "dispatch with routing", "combine", "combine of sums")
+STEPS = ("dispatch", "dispatch with routing", "dispatch by pull", "combine", "combine of sums")
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,13 @@ def _measure(memory: SymmetricMemory, case: Case, iterations: int) -> Measured:
     parts = _Parts(rows, index, weights)
     # Every step once on a world of one: no kernel is loaded while another waits for a peer.
     exchange = set_up(memory, slots, shape.experts, options, lambda small: parts.few().run_all(small))
-    parts.prepare(exchange)
+    kept, values = parts.prepare(exchange)
     local = exchange.num_local_experts
     mine = range(memory.rank * local, (memory.rank + 1) * local)
     routed = torch.stack([torch.isin(ids, torch.tensor(mine)).any(1) for ids in memory.gather(index.cpu())])
     times = {}
     for step in STEPS:
-        launch = partial(in_round, exchange, partial(parts.take, step, exchange))
+        launch = partial(in_round, exchange, partial(parts.take, step, exchange, kept, values))
         times[step] = time_launches(exchange, launch, iterations)
     memory.synchronize()
     return Measured(times, int(routed.sum()))
@@ -84,7 +85,7 @@ class _Parts:
     def few(self) -> _Parts:
         return _Parts(self.rows[:4].clone(), self.index[:4].clone(), self.weights[:4].clone())
 
-    def prepare(self, exchange: Exchange) -> None:
+    def prepare(self, exchange: Exchange) -> tuple[Tensor, Tensor]:
         """One whole round: the order of sending, the layout and the turns that later rounds reuse."""
 
         def whole(round_: Round) -> None:
@@ -95,20 +96,19 @@ class _Parts:
             received_rows = self.received.experts.shape[0]
             self.own_rows = torch.arange(received_rows, dtype=torch.int32, device=self.rows.device)[:, None]
 
+        kept = self.rows.new_empty(exchange.slots.memory.world * exchange.slots.shape.max_tokens, self.rows.shape[1])
+        values = self.rows.new_zeros(exchange.capacity, self.rows.shape[1])
         in_round(exchange, whole)
-        # What the experts made of each entry, and of each row that came.
-        self.values, self.sums = (
-            self.rows.new_zeros(count, self.rows.shape[1]) for count in (exchange.capacity, len(self.own_rows))
-        )
+        return kept, values
 
     def run_all(self, exchange: Exchange) -> None:
         self.index = torch.where(self.index < exchange.num_local_experts, self.index, -1)  # a world of one has no more
-        self.prepare(exchange)
+        kept, values = self.prepare(exchange)
         in_round(exchange, align)
         for step in STEPS:
-            in_round(exchange, partial(self.take, step, exchange))
+            in_round(exchange, partial(self.take, step, exchange, kept, values))
 
-    def take(self, step: str, exchange: Exchange, round_: Round) -> None:
+    def take(self, step: str, exchange: Exchange, kept: Tensor, values: Tensor, round_: Round) -> None:
         local, shape = exchange.num_local_experts, exchange.slots.shape
         if step == "dispatch":
             dispatch.wait_to_send(round_)
@@ -116,11 +116,13 @@ class _Parts:
             dispatch.wait_rows(round_)
         elif step == "dispatch with routing":
             dispatch_with_routing(exchange, round_, self.rows, self.index, self.weights)
+        elif step == "dispatch by pull":
+            dispatch_by_pull(round_, self.rows, self.received.experts, kept)
         else:
             combine.wait_to_send(round_)
-            sent: tuple[Tensor, Tensor, Tensor | None] = (self.values, self.where.places, self.received.weights)
-            if step == "combine of sums":
-                sent = (self.sums, self.own_rows, None)
-            combine.push_sums(round_, *sent, self.turns, shape.top_k)
+            if step == "combine":
+                combine.push_sums(round_, values, self.where.places, self.received.weights, self.turns, shape.top_k)
+            else:
+                combine.push_sums(round_, kept, self.own_rows, None, self.turns, shape.top_k)
             combine.announce_sent(round_)
             combine.combine_wait(round_, self.index, None, shape.hidden_size, shape.dtype, local)
