@@ -8,18 +8,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from farskip_fused.all_reduce import ANY_MESSAGE, largest_in_one_shot
 from farskip_fused.bench.all_reduce_ranks import ONE_SHOT, OTHERS, TWO_SHOTS, Case, Measured, measure, measure_other
-from farskip_fused.bench.all_to_all import LIMIT, SHARED
-from farskip_fused.bench.collectives import first_line
+from farskip_fused.bench.all_to_all import SHARED
+from farskip_fused.bench.collectives import run_others
 from farskip_fused.bench.report import environment, open_console
 from farskip_fused.bench.shapes import BYTES
 from farskip_fused.bench.timing import summarise
 from farskip_fused.errors import UsageError
-from farskip_fused.launch import RankFailed, multiprocessors_of_rank, run_ranks
+from farskip_fused.launch import multiprocessors_of_rank, run_ranks
 
 RANKS, SMS, HIDDEN = (2, 4), (8, 20), (7168,)
 TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 2048, 8192)
@@ -33,8 +34,6 @@ def run(ranks: Sequence[int], sms: Sequence[int], hidden: Sequence[int], tokens:
     Returns environment, missing (what was left out, and why), rows, and crossings: where two shots become faster than
     one. Raises UsageError without a GPU, and for more multiprocessors than there are.
     """
-    import torch
-
     if not torch.cuda.is_available():
         raise UsageError("farskip bench all-reduce measures a CUDA GPU and this machine has none.")
     for world in ranks:
@@ -57,15 +56,9 @@ def run(ranks: Sequence[int], sms: Sequence[int], hidden: Sequence[int], tokens:
                     continue
                 status.update(f"{world} ranks, {name}")
                 theirs = [Case(count, size, 0) for size in hidden for count in tokens]
-                try:
-                    others = run_ranks(
-                        measure_other, world, name, theirs, ITERATIONS, device="cuda", limit=LIMIT, symmetric=False
-                    )
-                except RankFailed as error:
-                    missing[f"{name}, {world} ranks"] = f"it failed: {first_line(error)}"
-                    continue
-                if isinstance(others[0], str):
-                    missing[f"{name}, {world} ranks"] = others[0]
+                others = run_others(measure_other, world, name, theirs, ITERATIONS)
+                if isinstance(others, str):
+                    missing[f"{name}, {world} ranks"] = others
                     continue
                 for case, *measured in zip(theirs, *others, strict=True):
                     rows += summary(case, measured, by=name)

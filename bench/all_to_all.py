@@ -11,17 +11,16 @@ import importlib.util
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from farskip_fused.bench.collectives import Refused, capture, first_line, synchronize, time_call, together
+from farskip_fused.bench.collectives import Refused, capture, run_others, synchronize, time_call, together
 from farskip_fused.bench.comm_ranks import Case, Measured
-from farskip_fused.bench.shapes import random_routing
-from farskip_fused.launch import RankFailed, run_ranks
+from farskip_fused.bench.shapes import Routes, random_routing
 
 NCCL = "torch's all_to_all_single over NCCL"
 SYMMETRIC = "torch's symmetric-memory all-to-all"
@@ -30,7 +29,6 @@ STEPS = ("dispatch", "combine of sums")
 SHARED = "it is not timed here: NCCL, and what is built on it, refuses two ranks on one GPU"
 DEEPEP_SHARED = "it is timed with a GPU a rank only; the table has its marks of an earlier run"
 DEEPEP_MISSING = "it is not installed; the table has its marks of an earlier run"
-LIMIT = 120.0  # seconds for all cases of one of them
 DEEPEP_BYTES = 10**9  # of its buffer, as its own tests have it
 
 
@@ -56,16 +54,9 @@ def compare(cases: Sequence[tuple[str, Case]], world: int, iterations: int) -> t
         if peer == DEEPEP and importlib.util.find_spec("deep_ep") is None:
             missing[peer] = DEEPEP_MISSING
             continue
-        try:
-            outcomes = run_ranks(
-                measure, world, peer, [case for _, case in taken], iterations,
-                device="cuda", limit=LIMIT, symmetric=False,
-            )  # fmt: skip
-        except RankFailed as error:
-            missing[peer] = f"it failed: {first_line(error)}"
-            continue
-        if isinstance(outcomes[0], str):
-            missing[peer] = outcomes[0]
+        outcomes = run_others(measure, world, peer, [case for _, case in taken], iterations)
+        if isinstance(outcomes, str):
+            missing[peer] = outcomes
             continue
         for (name, case), *measured in zip(taken, *outcomes, strict=True):
             captured = all(is_captured for _, is_captured in measured)
@@ -118,24 +109,15 @@ def _measure(device: torch.device, kind: type[Peer], group: Any, case: Case, ite
     for step, call in zip(STEPS, calls[1:], strict=True):
         times[step] = time_call(calls[0], call, iterations, device, captured)
         dist.barrier()
-    return Measured(times, sum(traffic.received)), captured
+    return Measured(times, sum(traffic.routes.received)), captured
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """Rows of this rank and where they go; the same rows and routing as ours have.
-
-    order: token of each row that is sent, by receiver, then by token. sent, received: rows to and from each rank.
-    places: [T, ranks] int64, which of the sent rows is a token's at a rank; len(order) where none is.
-    index: [T, K] expert ids.
-    """
+class Traffic(NamedTuple):
+    """Rows [T, H] of this rank, their expert ids [T, K] and where they go; the same rows and routing as ours have."""
 
     rows: Tensor
-    index: Tensor
-    order: Tensor
-    places: Tensor
-    sent: list[int]
-    received: list[int]
+    ids: Tensor
+    routes: Routes
 
     @staticmethod
     def random(case: Case, device: torch.device) -> Traffic:
@@ -143,22 +125,10 @@ class Traffic:
         torch.manual_seed(1 + rank)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         rows = torch.randn(case.tokens, case.shape.hidden, device=device).to(dtype)
-        index, _ = random_routing(case.shape, case.tokens, device)
-        local = case.shape.experts // world
-        wanted = torch.stack([(index // local == receiver).any(1) for receiver in range(world)])
-        order = wanted.nonzero()[:, 1].contiguous()
-        places = torch.full((world, case.tokens), len(order), device=device)
-        places[wanted] = torch.arange(len(order), device=device)
-        sent = wanted.sum(1).tolist()
-        sent_by_all: list[Any] = [None] * world
-        dist.all_gather_object(sent_by_all, sent)
-        received = [by_one[rank] for by_one in sent_by_all]
-        return Traffic(rows, index, order, places.T.contiguous(), sent, received)
-
-    def sum_at_owner(self, returned: Tensor) -> Tensor:
-        """[T, H], the sum of each token's rows among ``returned``, which are in the order of sending."""
-        # The fastest gather and sum that is one kernel of torch's; index_add_ would need atomics.
-        return torch.nn.functional.embedding_bag(self.places, returned, mode="sum", padding_idx=len(self.order))
+        ids, _ = random_routing(case.shape, case.tokens, device)
+        of_all: list[Any] = [None] * world
+        dist.all_gather_object(of_all, ids.cpu())
+        return Traffic(rows, ids, Routes.of(torch.stack(of_all), rank, case.shape.experts // world).to(device))
 
 
 class Peer(ABC):
@@ -182,21 +152,22 @@ class Collective(Peer):
     """all_to_all_single with sizes that the host knows; rows are gathered before it and summed after it."""
 
     def __init__(self, traffic: Traffic, group: Any, case: Case) -> None:
-        self.traffic, self.group = traffic, group
-        self.to_send = traffic.rows.new_empty(len(traffic.order), case.shape.hidden)
-        self.values = traffic.rows.new_empty(sum(traffic.received), case.shape.hidden)
-        self.returned = traffic.rows.new_empty(len(traffic.order) + 1, case.shape.hidden)  # the last is of no token
+        self.rows, self.routes, self.group = traffic.rows, traffic.routes, group
+        self.to_send, self.values, self.returned = (
+            traffic.rows.new_empty(count, case.shape.hidden)
+            for count in (len(self.routes.order), sum(self.routes.received), len(self.routes.order) + 1)
+        )
 
     def dispatch(self) -> Tensor:
-        traffic = self.traffic
-        torch.index_select(traffic.rows, 0, traffic.order, out=self.to_send)
-        dist.all_to_all_single(self.values, self.to_send, traffic.received, traffic.sent, group=self.group)
+        routes = self.routes
+        torch.index_select(self.rows, 0, routes.order, out=self.to_send)
+        dist.all_to_all_single(self.values, self.to_send, routes.received, routes.sent, group=self.group)
         return self.values
 
     def combine(self) -> Tensor:
-        traffic = self.traffic
-        dist.all_to_all_single(self.returned[:-1], self.values, traffic.sent, traffic.received, group=self.group)
-        return traffic.sum_at_owner(self.returned)
+        routes = self.routes
+        dist.all_to_all_single(self.returned[:-1], self.values, routes.sent, routes.received, group=self.group)
+        return routes.sum_at_owner(self.returned)
 
 
 class Symmetric(Peer):
@@ -235,22 +206,22 @@ class Symmetric(Peer):
         self.returned = allocate(rows + 1, hidden)
         self.sent, self.received = allocate(world, dtype=torch.int64), allocate(world, dtype=torch.int64)
         self.arrived, self.came_back = allocate(2, world, dtype=torch.int64), allocate(2, world, dtype=torch.int64)
-        self.sent.copy_(torch.tensor(traffic.sent))
-        self.received.copy_(torch.tensor(traffic.received))
+        self.sent.copy_(torch.tensor(traffic.routes.sent))
+        self.received.copy_(torch.tensor(traffic.routes.received))
         for tensor in self.kept[-7:]:
             symmetric.rendezvous(tensor, self.name)
         torch.cuda.synchronize()
         dist.barrier()
 
     def dispatch(self) -> Tensor:
-        traffic = self.traffic
-        torch.index_select(traffic.rows, 0, traffic.order, out=self.to_send[: len(traffic.order)])
+        rows, _, routes = self.traffic
+        torch.index_select(rows, 0, routes.order, out=self.to_send[: len(routes.order)])
         self.call(self.to_send, self.values, self.sent, self.arrived, self.name)
-        return self.values[: sum(traffic.received)]
+        return self.values[: sum(routes.received)]
 
     def combine(self) -> Tensor:
         self.call(self.values, self.returned, self.received, self.came_back, self.name)
-        return self.traffic.sum_at_owner(self.returned)
+        return self.traffic.routes.sum_at_owner(self.returned)
 
 
 class DeepEp(Peer):
@@ -265,7 +236,7 @@ class DeepEp(Peer):
         if DeepEp.buffer is None:
             DeepEp.buffer = deep_ep.Buffer(group, DEEPEP_BYTES, 0)
         self.traffic = traffic
-        per_rank, _, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(traffic.index.long(), case.shape.experts)
+        per_rank, _, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(traffic.ids.long(), case.shape.experts)
         received, _, _, _, self.handle, _ = self.buffer.dispatch(
             traffic.rows, num_tokens_per_rank=per_rank, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert
         )
@@ -291,7 +262,7 @@ def _check(traffic: Traffic, peer: Peer, calls: list[Callable[[], None]], output
     peer.values[: len(received)].copy_(received)
     align()
     combine()
-    copies = (traffic.places < len(traffic.order)).sum(1, keepdim=True)
+    copies = (traffic.routes.places < len(traffic.routes.order)).sum(1, keepdim=True)
     torch.testing.assert_close(
         outputs["combine"].float(), traffic.rows.float() * copies, rtol=2e-2, atol=1e-2,
         msg=lambda message: f"it does not bring back what was sent: {' '.join(message.split())}",

@@ -9,6 +9,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from farskip_fused.launch import RankFailed, run_ranks
+
+LIMIT = 120.0  # seconds for all cases of one of them
 HEAD_START = 2_000_000  # cycles that the GPU is held, so that the host is ahead of it
 Result = TypeVar("Result")
 
@@ -34,6 +37,15 @@ def together(action: Callable[[], Result]) -> Result:
 
 def first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+def run_others(measure: Callable[..., Any], world: int, *arguments: Any) -> list[Any] | str:
+    """What ``measure`` of another library returns on each of so many ranks, a GPU each; or why it is not timed."""
+    try:
+        outcomes = run_ranks(measure, world, *arguments, device="cuda", limit=LIMIT, symmetric=False)
+    except RankFailed as error:
+        return f"it failed: {first_line(error)}"
+    return outcomes[0] if isinstance(outcomes[0], str) else outcomes
 
 
 def capture(calls: list[Callable[[], None]], device: torch.device) -> tuple[list[Callable[[], None]], bool]:

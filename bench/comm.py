@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -41,8 +42,6 @@ def run(shapes: Sequence[str], ranks: Sequence[int], sms: Sequence[int], tokens:
     Returns environment, missing (what was left out, and why) and rows. Raises UsageError for an unknown shape, for
     experts that do not divide over the ranks, and without a GPU.
     """
-    import torch
-
     parsed = {name: parse_shape(name) for name in shapes}
     for name, shape in parsed.items():
         for world in ranks:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from farskip_fused.bench import timing
-from farskip_fused.bench.peers import Peer, Problem, check
+from farskip_fused.bench.peers import Peer, Problem, as_peer, check, make_experts
 from farskip_fused.bench.shapes import Shape
 from farskip_fused.moe import FusedExperts
 
@@ -28,41 +28,30 @@ def copies_needed(shape: Shape, cache_bytes: int) -> int:
 
 def make_copies(shape: Shape, tokens: int) -> list[FusedExperts]:
     """As many layers on the GPU as are rotated."""
-    from farskip_fused.bench.experts import make_experts
-
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     return [make_experts(shape, tokens) for _ in range(copies_needed(shape, cache))]
 
 
-def calls_of(copies: Sequence[FusedExperts]) -> int:
-    """Calls of a graph: each copy as often as the others."""
-    return -(-LEAST_CALLS // len(copies)) * len(copies)
-
-
-def active_experts(index: Tensor) -> int:
-    """Experts that get a token."""
-    return int(index.unique().numel())
+def rotated(copies: Sequence[FusedExperts]) -> list[FusedExperts]:
+    """The layers of a graph's calls: each copy as often as the others."""
+    return [*copies] * -(-LEAST_CALLS // len(copies))
 
 
 def measure(name: str, shape: Shape, token_counts: Sequence[int], peers: Mapping[str, Peer]) -> list[dict[str, Any]]:
     """One row for each number of tokens: ours and vLLM, the peer that serves; weights read in TB/s."""
-    from farskip_fused.bench.experts import as_peer
-
     copies = make_copies(shape, max(token_counts))
-    calls = calls_of(copies)
+    layers = rotated(copies)
+    calls = len(layers)
     rows = []
     for tokens in token_counts:
-        problems = [
-            Problem.random(shape, tokens, copies[at % len(copies)].w13, copies[at % len(copies)].w2)
-            for at in range(calls)
-        ]
+        problems = [Problem.random(shape, tokens, layer.w13, layer.w2) for layer in layers]
         errors = {}
         if "vllm" in peers:
             errors["vllm"] = check("vllm", peers["vllm"], as_peer(copies[0]), problems[0], backward=False)
-        graphs = {"ours": capture(problems, [as_peer(copies[at % len(copies)]) for at in range(calls)])}
+        graphs = {"ours": capture(problems, [as_peer(layer) for layer in layers])}
         if "vllm" in peers:
             graphs["vllm"] = capture(problems, [peers["vllm"]] * calls)
-        active = sum(shape.weight_bytes(active_experts(problem.index)) for problem in problems) / calls
+        active = sum(shape.weight_bytes(len(problem.index.unique())) for problem in problems) / calls
         row: dict[str, Any] = {"shape": name, "tokens": tokens, "active_bytes": active}
         for layer, whole in timing.interleave(graphs, budget_ms=500.0, fewest=20).items():
             time = whole.over(calls)

@@ -14,14 +14,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from farskip_fused.bench import decode as decode_room
+from farskip_fused.bench import gemms as gemms_room
 from farskip_fused.bench import timing
-from farskip_fused.bench.peers import Peer, Problem, available, check
+from farskip_fused.bench.peers import Peer, Problem, as_peer, available, check, make_experts
 from farskip_fused.bench.report import environment
-from farskip_fused.bench.shapes import BYTES, PRODUCTS, SHAPES, ZIPF, Shape, parse_shape
+from farskip_fused.bench.shapes import BYTES, PRODUCTS, ZIPF, Shape, parse_shape
 from farskip_fused.errors import UsageError
 from farskip_fused.moe import FusedExperts
-
-__all__ = ["DECODE_TOKENS", "SHAPES", "TOKENS", "parse_shape", "run"]
 
 TOKENS = (4096, 16384)
 DECODE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -50,9 +50,6 @@ def run(
         raise UsageError("--decode and --gemms were both given; measure one at a time.")
     if not torch.cuda.is_available():
         raise UsageError("farskip bench experts measures a CUDA GPU and this machine has none.")
-    from farskip_fused.bench import decode as decode_room
-    from farskip_fused.bench import gemms as gemms_room
-
     report: dict[str, Any] = {
         "environment": environment(), "missing": missing, "ceilings": timing.ceilings(),
         "layers": [], "decode": [], "gemms": [],
@@ -79,19 +76,6 @@ def leaving_out(missing: dict[str, str], what: str) -> Iterator[None]:
         missing[what] = "it does not fit into the GPU's memory"
     finally:
         torch.cuda.empty_cache()
-
-
-def make_experts(shape: Shape, tokens: int, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> FusedExperts:
-    layer = FusedExperts(
-        shape.hidden, shape.intermediate, shape.experts, shape.top_k, max_tokens=tokens, device=device, dtype=dtype
-    )
-    layer.setup()
-    return layer
-
-
-def as_peer(experts: FusedExperts) -> Peer:
-    """Ours, called like a peer; its weights are its own."""
-    return Peer(lambda hidden_states, index, weights, w13, w2: experts(hidden_states, index, weights))
 
 
 def measure(

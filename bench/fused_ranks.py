@@ -23,7 +23,7 @@ from torch import Tensor
 
 from farskip_fused.bench.rounds import align, dispatch_with_routing, in_round, time_launches
 from farskip_fused.bench.shapes import Shape, random_routing
-from farskip_fused.exchange_setup import WARM_UP_TOKENS, ExchangeOptions, set_up
+from farskip_fused.exchange_setup import ExchangeOptions, set_up, warm_up_ids
 from farskip_fused.expert_parallel import Pending
 from farskip_fused.flight import Exchange
 from farskip_fused.kernels import combine, dispatch, experts, experts_backward
@@ -74,13 +74,11 @@ class Inputs(NamedTuple):
     w13: Tensor
     w2: Tensor
 
-    def few(self, num_experts: int) -> Inputs:
-        """For a warm-up on a world of one, which has the first ``num_experts`` experts alone."""
-        top_k = self.ids.shape[1]
-        ids = torch.arange(top_k, dtype=torch.int32, device=self.ids.device)
-        ids = torch.where(ids < num_experts, ids, -1).expand(WARM_UP_TOKENS, -1).contiguous()
+    def few(self, exchange: Exchange) -> Inputs:
+        """For a warm-up on a world of one."""
+        ids = warm_up_ids(exchange)
         rows, weights, gradient = (
-            each.new_ones(WARM_UP_TOKENS, each.shape[1]) for each in (self.rows, self.weights, self.gradient)
+            each.new_ones(len(ids), each.shape[1]) for each in (self.rows, self.weights, self.gradient)
         )
         return self._replace(rows=rows, ids=ids, weights=weights, gradient=gradient)
 
@@ -114,7 +112,7 @@ def _measure(memory: SymmetricMemory, case: Case, iterations: int) -> Measured:
     options = ExchangeOptions(num_comm_sms=case.sms, max_pairs=pairs)
     slots = SlotShape(case.tokens, shape.hidden, shape.top_k, dtype)
     # Every launch once on a world of one: no kernel is loaded while another waits for a peer.
-    exchange = set_up(memory, slots, shape.experts, options, lambda small: _Layer(small, inputs.few(local)).run_all())
+    exchange = set_up(memory, slots, shape.experts, options, lambda small: _Layer(small, inputs.few(small)).run_all())
     layer = _Layer(exchange, inputs)
     differences = layer.compare()
     memory.synchronize()
@@ -330,20 +328,14 @@ class _Layer:
 
     # Layer backward
 
-    def _push_weight_gradients(self, round_: Round, parts: Tensor) -> None:
-        combine.push_weight_gradients(round_, parts, self.where.places)
-
-    def _take_weight_gradients(self, round_: Round) -> Tensor:
-        return combine.take_weight_gradients(round_, self.inputs.ids)
-
     def _backward_comm(self, round_: Round) -> None:
         self._send(round_, self.inputs.gradient)
         dispatch.wait_rows(round_)
         combine.wait_to_send(round_)
-        self._push_weight_gradients(round_, self.weight_parts)
+        combine.push_weight_gradients(round_, self.weight_parts, self.where.places)
         combine.announce_sent(round_)
         self._combine_wait(round_, None)
-        self._take_weight_gradients(round_)
+        combine.take_weight_gradients(round_, self.inputs.ids)
 
     def _down_gradient(self, round_: Round, programs: int) -> tuple[Tensor, Tensor, Tensor]:
         assert self.gate_up is not None
@@ -373,11 +365,11 @@ class _Layer:
         dispatch.wait_rows(round_)
         gate_up_gradient, activation, parts = self._down_gradient(round_, self.all_programs)
         self._push_sums(round_, gate_up_gradient, self.inputs.w13, 2, None)
-        self._push_weight_gradients(round_, parts)
+        combine.push_weight_gradients(round_, parts, self.where.places)
         combine.announce_sent(round_)
         w13_gradient, w2_gradient = self._weight_gradients(round_, gate_up_gradient, activation, self.all_programs)
         gradient = self._combine_wait(round_, None, presummed=True)
-        return gradient, self._take_weight_gradients(round_), w13_gradient, w2_gradient
+        return gradient, combine.take_weight_gradients(round_, self.inputs.ids), w13_gradient, w2_gradient
 
     def _backward(self) -> tuple[Tensor, ...]:
         """The layer's own, from one forward pass again and again; each opens its round."""

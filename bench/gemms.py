@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from farskip_fused.bench import timing
-from farskip_fused.bench.peers import Problem
+from farskip_fused.bench.peers import Problem, make_experts
 from farskip_fused.bench.shapes import ZIPF, Shape
 from farskip_fused.kernels import experts as forward_kernels
 from farskip_fused.kernels import experts_backward, gather_sum
@@ -32,8 +32,6 @@ class Kernel(NamedTuple):
 
 def measure(name: str, shape: Shape, token_counts: Sequence[int], skewed: bool = False) -> list[dict[str, Any]]:
     """One row a number of tokens and kernel: ms, TFLOP/s of products, TB/s of what must move."""
-    from farskip_fused.bench.experts import make_experts
-
     experts = make_experts(shape, max(token_counts))
     router = Router(shape.hidden, shape.experts, shape.top_k, device=experts.w13.device, dtype=experts.w13.dtype)
     rows = []

@@ -33,9 +33,9 @@ from farskip_fused.bench.layer_ways import (
     WholePending,
     whole_exchange,
 )
-from farskip_fused.bench.nccl_ways import NCCL_WAYS, NcclPending, Routes, nccl_exchange
+from farskip_fused.bench.nccl_ways import NCCL_WAYS, NcclPending, nccl_exchange
 from farskip_fused.bench.rounds import align, in_round
-from farskip_fused.bench.shapes import Shape, random_routing
+from farskip_fused.bench.shapes import Routes, Shape, random_routing
 from farskip_fused.connectivity import Streams
 from farskip_fused.exchange_setup import ExchangeOptions
 from farskip_fused.expert_parallel import Pending
@@ -261,19 +261,16 @@ class Stack:
                 moe.way = self.ways[rounds]
             with torch.enable_grad():
                 embedding = self.embedding.detach().requires_grad_()
-                expected = self._run_definition(embedding, connectivity, layers)
+                streams = Streams.before_layers(embedding)
+                for layer in self.layers[connectivity][:layers]:
+                    streams = layer.reference(streams)
+                expected = streams.full
                 inputs = [embedding, *self._weights(connectivity, layers)]
                 expected_gradients = torch.autograd.grad(expected, inputs, self.gradient)
             self.memory.synchronize()
         off = relative_difference([result - self.embedding], [expected.detach() - self.embedding])
         # What is no number counts as largest.
         return float(torch.tensor([off, relative_difference(gradients, expected_gradients)]).max())
-
-    def _run_definition(self, embedding: Tensor, connectivity: str, layers: int) -> Tensor:
-        streams = Streams.before_layers(embedding)
-        for layer in self.layers[connectivity][:layers]:
-            streams = layer.reference(streams)
-        return streams.full
 
     def time(self, direction: str, iterations: int) -> dict[str, dict[int, list[float]]]:
         """ms of every way and number of layers in each iteration, which all ranks begin together; every iteration in

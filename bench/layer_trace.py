@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
-from farskip_fused.plan.figure import new_figure
+from farskip_fused.plan.figure import add_legend, new_figure
 from farskip_fused.plan.rendering import LOOKS
 
 if TYPE_CHECKING:
@@ -117,9 +117,9 @@ def _hold() -> None:
     _C.hold(torch.cuda.current_stream().cuda_stream, 1, HOLD_MICROSECONDS)
 
 
-def read_intervals(path: Path, direction: str = "forward", category: str = "gpu_user_annotation") -> list[Interval]:
-    """The labelled stretches of a trace that ``profile`` wrote, in the order of time; none where the profiler saw no
-    kernels.
+def read_intervals(path: Path, category: str = "gpu_user_annotation") -> list[Interval]:
+    """The labelled stretches of a trace's forward passes that ``profile`` wrote, in the order of time; none where the
+    profiler saw no kernels.
 
     category: "user_annotation" for the host's calls in the place of the kernels that they launched.
     """
@@ -131,8 +131,8 @@ def read_intervals(path: Path, direction: str = "forward", category: str = "gpu_
     computing = {event["tid"] for *_, action, event in labelled if action == "attention_core"}
     found = []
     for passed, layer, action, event in labelled:
-        way, _, of_direction = passed.partition(" ")
-        if of_direction == direction:
+        way, _, direction = passed.partition(" ")
+        if direction == "forward":
             start = event["ts"] * 1e-3
             transfer = event["tid"] not in computing
             found.append(Interval(way, int(layer), action, transfer, start, start + event["dur"] * 1e-3))
@@ -142,8 +142,6 @@ def read_intervals(path: Path, direction: str = "forward", category: str = "gpu_
 def draw(path: Path, intervals: Sequence[Interval], title: str) -> None:
     """One layer from the middle of the stack in each way, what neighbours do meanwhile paler; kernels on the layer's
     own stream above those on the communication stream."""
-    from matplotlib.patches import Patch
-
     ways = [way for way in TRACED if any(one.way == way for one in intervals)]
     figure, names = new_figure(11, 1.6 * len(ways) + 1.2), []
     panels = figure.subplots(len(ways), 1, squeeze=False)[:, 0]
@@ -167,10 +165,7 @@ def draw(path: Path, intervals: Sequence[Interval], title: str) -> None:
         axes.set_title(f"{TITLES[way]}: {end - start:.2f} ms a layer", loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel("ms since the layer began (paler: the layers before and after)")
-    figure.legend(
-        handles=[Patch(color=LOOKS[name][1], label=name.replace("_", " ")) for name in names],
-        loc="outside lower center", ncols=len(names), fontsize=8, frameon=False,
-    )  # fmt: skip
+    add_legend(figure, names)
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=120)
 

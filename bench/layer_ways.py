@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from farskip_fused.bench.rounds import align, in_round
-from farskip_fused.exchange_setup import WARM_UP_TOKENS
-from farskip_fused.expert_parallel import Dispatch, Pending
+from farskip_fused.exchange_setup import warm_up_ids
+from farskip_fused.expert_parallel import Pending
 from farskip_fused.flight import Exchange, Flight
 from farskip_fused.kernels import combine, dispatch, experts, experts_backward
 from farskip_fused.kernels.layout import Layout
@@ -32,6 +32,7 @@ from farskip_fused.kernels.protocol import Round, SlotRows
 from farskip_fused.local_experts import add_extras
 from farskip_fused.moe import FusedExperts, FusedMoE
 from farskip_fused.symmetric import SymmetricBuffer, SymmetricMemory
+from farskip_fused.symmetric.local import LocalMemory
 from farskip_fused.symmetric.slots import Slots, SlotShape, open_slots
 
 OVERLAPPED = ("paper", "fused")
@@ -178,25 +179,14 @@ class _ArrivedFlight(Flight):
 
 
 class ArrivedPending(Pending):
-    def __init__(
-        self, exchange: Exchange, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, w13: Tensor,
-        w2: Tensor,
-    ) -> None:  # fmt: skip
-        """As Pending's, with a flight of its own."""
-        self.output_shape = hidden_states.shape
-        self._weights = (w13, w2) if torch.is_grad_enabled() else (w13.detach(), w2.detach())
-        self._main_grads = (None, None)
-        self._top_k_weights, self._hidden_states = top_k_weights.detach(), hidden_states.detach()
-        self._flight = _ArrivedFlight(exchange, top_k_index)
-        self._token = Dispatch.apply(hidden_states, top_k_weights, self._flight)
-        self._computed, self._finished = None, False
+    _new_flight = _ArrivedFlight
 
 
 class ArrivedWholePending(WholePending, ArrivedPending):
     pass
 
 
-class ArrivedMemory(SymmetricMemory):
+class ArrivedMemory(LocalMemory):
     """This rank alone, in the place of the others too: what it stores at them it stores in its own memory, and all
     that it waits for has come."""
 
@@ -204,7 +194,7 @@ class ArrivedMemory(SymmetricMemory):
     row_flags: Tensor
 
     def __init__(self, memory: SymmetricMemory) -> None:
-        super().__init__(memory.rank, memory.world, memory.device, memory.timeout)
+        SymmetricMemory.__init__(self, memory.rank, memory.world, memory.device, memory.timeout)
 
     def fill(self, shape: SlotShape, ids: Tensor, weights: Tensor) -> Slots:
         """Slots of that shape with rows and the routing of all ranks, ids and weights [world, T, K], in each."""
@@ -225,17 +215,11 @@ class ArrivedMemory(SymmetricMemory):
         return slots
 
     def allocate(self, nbytes: int) -> SymmetricBuffer:
-        memory = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
-        return SymmetricBuffer(memory, [memory.data_ptr()] * self.world)
+        memory, addresses = super().allocate(nbytes)
+        return SymmetricBuffer(memory, addresses * self.world)
 
     def gather(self, value: Any) -> list[Any]:
         return [value] * self.world
-
-    def barrier(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self.buffers.clear()
 
 
 @dataclass(frozen=True)
@@ -292,13 +276,11 @@ class MeasuredMoE(FusedMoE):
     def _warm_up(self, exchange: Exchange) -> None:
         FusedExperts._warm_up(self, exchange)  # without the gate: a pass without peers loads it for the tokens it gets
         in_round(exchange, align)
-        tokens, local = WARM_UP_TOKENS, self.w13.shape[0]
-        ids = torch.arange(self.top_k, dtype=torch.int32, device=self.w13.device).expand(tokens, -1)
-        ids = torch.where(ids < local, ids, -1)
+        ids = warm_up_ids(exchange)
         for blocking in (False, True):
             for has_backward in (False, True):
                 with torch.set_grad_enabled(has_backward):
-                    x = self.w13.new_zeros(tokens, self.w13.shape[2], requires_grad=True)
+                    x = self.w13.new_zeros(len(ids), self.w13.shape[2], requires_grad=True)
                     weights = torch.ones(ids.shape, device=x.device, requires_grad=True)
                     pending = WholePending(whole_exchange(exchange, blocking), x, ids, weights, self.w13, self.w2)
                     result = pending.finish()

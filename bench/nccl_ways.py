@@ -12,54 +12,21 @@ nccl_streams   FarSkip connectivity as arXiv 2511.11505 runs it: whole collectiv
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import embedding_bag
 
 from farskip_fused.bench.layer_ways import WholeExchange
+from farskip_fused.bench.shapes import Routes
 from farskip_fused.kernels import experts, experts_backward, gather_sum, layout
 from farskip_fused.kernels.layout import Layout
 from farskip_fused.local_experts import add_extras
 from farskip_fused.symmetric.interface import join
 
 NCCL_WAYS = ("nccl_blocking", "nccl_streams")
-
-
-class Routes(NamedTuple):
-    """Where this rank's rows go and what comes here; S rows leave, R arrive.
-
-    order: [S] int64 token of each row that leaves, by rank, then by token. sent, received: rows to and from each rank.
-    places: [T, ranks] int64, which of the rows that leave is a token's at a rank; S where none is.
-    ids: [R, K] int32 local experts of each row that arrives, by sender, then by token; -1 for those elsewhere.
-    """
-
-    order: Tensor
-    places: Tensor
-    sent: list[int]
-    received: list[int]
-    ids: Tensor
-
-    @staticmethod
-    def of(all_ids: Tensor, rank: int, local: int) -> Routes:
-        """all_ids: [ranks, T, K] expert ids of all tokens; ``local`` experts a rank."""
-        world, tokens, _ = all_ids.shape
-        owners = all_ids // local
-        wanted = torch.stack([(owners[rank] == receiver).any(1) for receiver in range(world)])
-        order = wanted.nonzero()[:, 1]
-        places = torch.full((world, tokens), len(order))
-        places[wanted] = torch.arange(len(order))
-        here = torch.where(owners == rank, all_ids % local, -1)
-        arriving = (owners == rank).any(2)
-        return Routes(
-            order, places.T.contiguous(), wanted.sum(1).tolist(), arriving.sum(1).tolist(), here[arriving].int()
-        )
-
-    def to(self, device: torch.device) -> Routes:
-        return Routes(self.order.to(device), self.places.to(device), self.sent, self.received, self.ids.to(device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +83,7 @@ class NcclFlight:
         """[T, .], each the sum of what all ranks returned for a token."""
         self.landed()
         taken, self.returned = self.returned, []
-        places, padding = self.exchange.routes.places, len(self.exchange.routes.order)
-        return [embedding_bag(places, value, mode="sum", padding_idx=padding) for value in taken]
+        return [self.exchange.routes.sum_at_owner(value) for value in taken]
 
 
 class Dispatch(torch.autograd.Function):

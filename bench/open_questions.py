@@ -29,9 +29,9 @@ PEAK = {"h200-ib400": 989, "gb200-nvl72": 2500}  # dense bfloat16 TFLOP/s, datas
 COLOURS = ("#969696", "#e6550d", "#31a354", "#756bb1")
 
 
-def _largest(model: str, most: int = 64) -> int:
-    """The largest power of two that divides the model's experts, at most ``most``."""
-    return next(ep for ep in (64, 32, 16, 8) if ep <= most and MODELS[model].experts % ep == 0)
+def _largest(model: str) -> int:
+    """The largest power of two that divides the model's experts, at most 64."""
+    return next(ep for ep in (64, 32, 16, 8) if MODELS[model].experts % ep == 0)
 
 
 def depth(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""The expert layers that ours is measured against: how each is found, called and checked.
+"""Ours, and the expert layers that it is measured against: how each is made or found, called and checked.
 
 All take routed tokens: hidden_states [T, H], index [T, K] int32, weights [T, K] float32, w13 [E, 2I, H] (gate rows,
 then up rows), w2 [E, H, I], and return [T, H]. What they leave out (the router) nobody is timed with.
@@ -17,6 +17,7 @@ from torch import Tensor
 from farskip_fused.bench.grouped_mm import grouped_mm_experts
 from farskip_fused.bench.shapes import Shape, random_routing
 from farskip_fused.errors import UsageError
+from farskip_fused.moe import FusedExperts
 
 Layer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 LARGEST_ERROR = 2e-2
@@ -72,6 +73,19 @@ class Peer:
         if not self.interleaved:
             return w13
         return w13.detach().unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2).contiguous()
+
+
+def make_experts(shape: Shape, tokens: int, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> FusedExperts:
+    layer = FusedExperts(
+        shape.hidden, shape.intermediate, shape.experts, shape.top_k, max_tokens=tokens, device=device, dtype=dtype
+    )
+    layer.setup()
+    return layer
+
+
+def as_peer(experts: FusedExperts) -> Peer:
+    """Ours, called like a peer; its weights are its own."""
+    return Peer(lambda hidden_states, index, weights, w13, w2: experts(hidden_states, index, weights))
 
 
 def _vllm() -> Peer:

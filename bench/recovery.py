@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -94,21 +95,20 @@ class Bench:
             sizes_file.write_text(record)
         elif sizes_file.read_text() != record:
             raise ff.UsageError(f"{state} holds a run of other sizes; name another --state.")
-        self._corpus: Corpus | None = None
         self._teachers: dict[str, Any] = {}
         self.tasks = function_tasks(sizes.tasks)
 
     def units(self) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         """Name and work of every unit, in the order in which they are needed."""
         for shape in SHAPES:
-            yield f"{shape}/teacher", lambda shape=shape: self._train_teacher(shape)  # type: ignore[misc]
+            yield f"{shape}/teacher", partial(self._train_teacher, shape)
         for shape in SHAPES:
             for objective in ("kl", "sft"):
-                yield f"{shape}/sweep-{objective}", lambda s=shape, o=objective: self._sweep(s, o)  # type: ignore[misc]
+                yield f"{shape}/sweep-{objective}", partial(self._sweep, shape, objective)
             for name, recovery in recoveries(shape, self.sizes).items():
-                yield f"{shape}/{name}", lambda s=shape, r=recovery: self._recover(s, r)  # type: ignore[misc]
+                yield f"{shape}/{name}", partial(self._recover, shape, recovery)
             for name, how in conversions().items():
-                yield f"{shape}/untrained-{name}", lambda s=shape, h=how: self._damage(s, *h)  # type: ignore[misc]
+                yield f"{shape}/untrained-{name}", partial(self._damage, shape, *how)
 
     def result(self, name: str) -> dict[str, Any] | None:
         file = self.state / "units" / f"{name.replace('/', '.')}.json"
@@ -144,12 +144,10 @@ class Bench:
                 and not n.endswith("/teacher")]  # fmt: skip
         return 1.2 * max(done, default=60.0)
 
-    @property
+    @cached_property
     def corpus(self) -> Corpus:
-        if self._corpus is None:
-            with self.console.status("Reading the source on this machine"):
-                self._corpus = corpus(self.state, self.sizes)
-        return self._corpus
+        with self.console.status("Reading the source on this machine"):
+            return corpus(self.state, self.sizes)
 
     def _teacher(self, shape: str) -> Any:
         if shape not in self._teachers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from farskip_fused.bench.collectives import time_call
 from farskip_fused.flight import Exchange
 from farskip_fused.kernels import combine, dispatch
 from farskip_fused.kernels.dispatch import Received, SendOrder
@@ -62,27 +62,16 @@ def time_launches(
     """
     memory = exchange.slots.memory
     if memory.device.type != "cuda":
-        times = []
-        for _ in range(iterations):
-            memory.barrier()
-            start = time.perf_counter()
-            launch()
-            times.append((time.perf_counter() - start) * 1e3)
-        return times
-    graphs = []
+        return time_call(memory.barrier, launch, iterations, memory.device, captured=False)
+    replays = []
     for each in (partial(in_round, exchange, align), launch):
         memory.synchronize()
         memory.barrier()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             each()
-        graphs.append(graph)
-    memory.barrier()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(iterations)]
-    for start_event, end_event in events:
-        graphs[0].replay()
-        start_event.record()
-        graphs[1].replay()
-        end_event.record()
-    memory.synchronize()
-    return [start_event.elapsed_time(end_event) for start_event, end_event in events]
+        replays.append(graph.replay)
+    start, measured = replays
+    times = time_call(start, measured, iterations, memory.device, captured=True)
+    memory.check()
+    return times

@@ -1,4 +1,4 @@
-"""Sizes of the expert layers that are measured, what they cost at least, and random routing for them."""
+"""Sizes of the expert layers that are measured, what they cost at least, random routing, and the routes of rows."""
 
 from __future__ import annotations
 
@@ -69,3 +69,41 @@ def random_routing(shape: Shape, tokens: int, device: torch.device | str, skew: 
     index = (popularity + gumbel).topk(shape.top_k, dim=-1).indices.to(torch.int32)
     weights = torch.rand(tokens, shape.top_k, device=device) + 0.1
     return index, weights / weights.sum(dim=-1, keepdim=True)
+
+
+class Routes(NamedTuple):
+    """Where this rank's rows go and what comes here; S rows leave, R arrive.
+
+    order: [S] int64 token of each row that leaves, by rank, then by token. sent, received: rows to and from each rank.
+    places: [T, ranks] int64, which of the rows that leave is a token's at a rank; S where none is.
+    ids: [R, K] int32 local experts of each row that arrives, by sender, then by token; -1 for those elsewhere.
+    """
+
+    order: Tensor
+    places: Tensor
+    sent: list[int]
+    received: list[int]
+    ids: Tensor
+
+    @staticmethod
+    def of(all_ids: Tensor, rank: int, local: int) -> Routes:
+        """all_ids: [ranks, T, K] expert ids of all tokens; ``local`` experts a rank."""
+        world, tokens, _ = all_ids.shape
+        owners = all_ids // local
+        wanted = torch.stack([(owners[rank] == receiver).any(1) for receiver in range(world)])
+        order = wanted.nonzero()[:, 1].contiguous()
+        places = torch.full((world, tokens), len(order))
+        places[wanted] = torch.arange(len(order))
+        here = torch.where(owners == rank, all_ids % local, -1)
+        arriving = (owners == rank).any(2)
+        return Routes(
+            order, places.T.contiguous(), wanted.sum(1).tolist(), arriving.sum(1).tolist(), here[arriving].int()
+        )
+
+    def to(self, device: torch.device) -> Routes:
+        return Routes(self.order.to(device), self.places.to(device), self.sent, self.received, self.ids.to(device))
+
+    def sum_at_owner(self, returned: Tensor) -> Tensor:
+        """[T, .], the sum of each token's rows among ``returned``, of S + 1 rows or more, of which S are of tokens."""
+        # The fastest gather and sum that is one kernel of torch's; index_add_ would need atomics.
+        return torch.nn.functional.embedding_bag(self.places, returned, mode="sum", padding_idx=len(self.order))

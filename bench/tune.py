@@ -7,16 +7,18 @@ from what the rules choose; only what beats that becomes a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from rich.console import Console
+from rich.table import Table
 
 from farskip_fused import tuning
 from farskip_fused.bench import decode, timing
-from farskip_fused.bench.peers import Problem
+from farskip_fused.bench.peers import Problem, as_peer
 from farskip_fused.bench.shapes import Shape, parse_shape
 from farskip_fused.errors import UsageError
 from farskip_fused.kernels import hopper
@@ -50,8 +52,6 @@ def run(shapes: Sequence[str], tokens: Sequence[int], output: Path) -> list[dict
         raise UsageError(f"--output {output}: the directory {output.parent} does not exist; create it.")
     if not torch.cuda.is_available():
         raise UsageError("farskip bench tune measures a CUDA GPU and this machine has none.")
-    from rich.console import Console
-
     results = []
     with Console(stderr=True).status("") as status:
         for name, shape in parsed.items():
@@ -96,8 +96,8 @@ def search(shape: Shape, tokens: int, time: Timer) -> dict[str, Any]:
     """The rule's choice and the fastest, the same unless another is faster by more than chance; ms of both."""
     first = rule(shape, tokens)
     best = first
-    for neighbours in (other_tile_rows, other_up, other_down, other_copy):
-        times = time([best, *neighbours(shape, tokens, best)])
+    for part in ("tile_rows", "up", "down", "sorted_copy"):
+        times = time([best, *others(shape, tokens, best, part)])
         best = min(times, key=lambda choice: times[choice].ms)
     times = time(list(dict.fromkeys([first, best])))
     gain = times[first].ms - times[best].ms
@@ -106,34 +106,21 @@ def search(shape: Shape, tokens: int, time: Timer) -> dict[str, Any]:
     return {"rule": first, "fastest": best, "rule_ms": times[first].ms, "ms": times[best].ms}
 
 
-def other_tile_rows(shape: Shape, tokens: int, choice: Choice) -> Iterator[Choice]:
-    if not can_stay_unsorted(tokens, shape.top_k, shape.experts):
-        yield from (with_tile_rows(shape, rows) for rows in TILE_ROWS if rows != choice.tile_rows)
-
-
-def _tiles(tile_rows: int) -> tuple[tuple[int, int, int, int], ...]:
-    return SHORT_TILES if tile_rows <= 32 else TALL_TILES
-
-
-def other_up(shape: Shape, tokens: int, choice: Choice) -> Iterator[Choice]:
-    yield from (choice._replace(up=tile) for tile in _tiles(choice.tile_rows) if tile != choice.up)
-
-
-def other_down(shape: Shape, tokens: int, choice: Choice) -> Iterator[Choice]:
-    yield from (choice._replace(down=tile) for tile in _tiles(choice.tile_rows) if tile != choice.down)
-
-
-def other_copy(shape: Shape, tokens: int, choice: Choice) -> Iterator[Choice]:
-    if choice.tile_rows == hopper.TILE_ROWS:
-        yield choice._replace(sorted_copy=not choice.sorted_copy)
+def others(shape: Shape, tokens: int, choice: Choice, part: str) -> list[Choice]:
+    """Choices that differ in that part."""
+    if part in ("up", "down"):
+        tiles = SHORT_TILES if choice.tile_rows <= 32 else TALL_TILES
+        return [Choice(**{**choice._asdict(), part: tile}) for tile in tiles if tile != getattr(choice, part)]
+    if part == "tile_rows" and not can_stay_unsorted(tokens, shape.top_k, shape.experts):
+        return [with_tile_rows(shape, rows) for rows in TILE_ROWS if rows != choice.tile_rows]
+    if part == "sorted_copy" and choice.tile_rows == hopper.TILE_ROWS:
+        return [choice._replace(sorted_copy=not choice.sorted_copy)]
+    return []
 
 
 def layer_timer(shape: Shape, tokens: int, layers: Sequence[Any]) -> Timer:
     """Times a forward pass of the layers with each choice; what does not fit on the GPU is left out."""
-    from farskip_fused.bench.experts import as_peer
-
-    calls = decode.calls_of(layers)
-    rotated = [layers[at % len(layers)] for at in range(calls)]
+    rotated = decode.rotated(layers)
     problems = [Problem.random(shape, tokens, layer.w13, layer.w2) for layer in rotated]
 
     def time(choices: Sequence[Choice]) -> dict[Choice, timing.Timing]:
@@ -146,15 +133,12 @@ def layer_timer(shape: Shape, tokens: int, layers: Sequence[Any]) -> Timer:
                     continue
         named = {str(number): graph for number, graph in enumerate(graphs.values())}
         times = timing.interleave(named, budget_ms=300.0, fewest=20).values()
-        return {choice: one.over(calls) for choice, one in zip(graphs, times, strict=True)}
+        return {choice: one.over(len(rotated)) for choice, one in zip(graphs, times, strict=True)}
 
     return time
 
 
 def render(results: Sequence[Mapping[str, Any]], output: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table("shape", "T", "by rule, µs", "fastest, µs", "gain", "rows", "up", "down", "sorted copy")
     for result in results:
         choice = result["fastest"]

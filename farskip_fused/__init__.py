@@ -23,34 +23,22 @@ if TYPE_CHECKING:
     from farskip_fused.token_exchange import TokenExchange, combine_send, combine_wait, dispatch_send, dispatch_wait
     from farskip_fused.transformers_experts import use_fused_experts
 
-_HOMES = {
-    "AllReduce": "all_reduce",
-    "SplitMLP": "tensor_parallel",
-    "SplitMoE": "tensor_parallel",
-    "TensorParallelLayer": "tensor_parallel",
-    "Connectivity": "connectivity",
-    "convert": "conversion",
-    "revert": "conversion",
-    "load": "conversion",
-    "parallelize": "conversion",
-    "distill": "distillation",
-    "init": "symmetric",
-    "SymmetricMemory": "symmetric",
-    "ExchangeOptions": "exchange_setup",
-    "FusedExperts": "moe",
-    "FusedMoE": "moe",
-    "Carry": "layer",
-    "OverlappedLayer": "layer",
-    "fused_experts": "local_experts",
-    "use_fused_experts": "transformers_experts",
-    "TokenExchange": "token_exchange",
-    "dispatch_send": "token_exchange",
-    "dispatch_wait": "token_exchange",
-    "combine_send": "token_exchange",
-    "combine_wait": "token_exchange",
-    "PeerTimeout": "errors",
-    "UsageError": "errors",
+_NAMES = {
+    "all_reduce": ("AllReduce",),
+    "connectivity": ("Connectivity",),
+    "conversion": ("convert", "load", "parallelize", "revert"),
+    "distillation": ("distill",),
+    "errors": ("PeerTimeout", "UsageError"),
+    "exchange_setup": ("ExchangeOptions",),
+    "layer": ("Carry", "OverlappedLayer"),
+    "local_experts": ("fused_experts",),
+    "moe": ("FusedExperts", "FusedMoE"),
+    "symmetric": ("SymmetricMemory", "init"),
+    "tensor_parallel": ("SplitMLP", "SplitMoE", "TensorParallelLayer"),
+    "token_exchange": ("TokenExchange", "combine_send", "combine_wait", "dispatch_send", "dispatch_wait"),
+    "transformers_experts": ("use_fused_experts",),
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "AllReduce",

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from farskip_fused.checks import DTYPES, check_not_capturing, check_tokens
+from farskip_fused.checks import DTYPES, check_integer, check_not_capturing, check_tensor, check_tokens
 from farskip_fused.errors import UsageError
 from farskip_fused.exchange_setup import WARM_UP_TOKENS, load_kernels, share_multiprocessors
 from farskip_fused.kernels import all_reduce
@@ -52,11 +52,7 @@ class ReduceShape:
 
     def __post_init__(self) -> None:
         for name, least in (("max_tokens", 1), ("hidden_size", 1), ("one_shot_bytes", 0), ("programs", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} is {value!r}; an integer is needed.")
-            if value < least:
-                raise UsageError(f"{name} is {value}; it must be at least {least}.")
+            check_integer(name, getattr(self, name), least)
         if self.dtype not in DTYPES:
             raise TypeError(f"The all-reduce's dtype is {self.dtype}; use bfloat16, float16 or float32.")
         if self.depth < MINIMUM_DEPTH:
@@ -229,14 +225,7 @@ class PendingSum:
             raise RuntimeError("finish() was called twice on one pending sum; keep its first result.")
         rows = self._rows
         if residual is not None:
-            if residual.shape != self.output_shape:
-                raise UsageError(
-                    f"A residual of {list(residual.shape)} was given; {list(self.output_shape)} is needed."
-                )
-            if residual.dtype != rows.dtype:
-                raise TypeError(f"A residual of {residual.dtype} was given; the all-reduce is for {rows.dtype}.")
-            if residual.device != rows.device:
-                raise UsageError(f"A residual on {residual.device} was given; the all-reduce is on {rows.device}.")
+            check_tensor("A residual", residual, self.output_shape, rows, "the all-reduce")
             residual = aligned(residual.reshape(rows.shape))
         self._finished = True
         self.landed()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +13,18 @@ from farskip_fused.errors import UsageError
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def check_integer(name: str, value: Any, least: int = 1) -> None:
+    """TypeError or UsageError unless it is one, and at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; an integer is needed.")
+    if value < least:
+        raise UsageError(f"{name} is {value}; it must be at least {least}.")
+
+
 def check_sizes(sizes: Mapping[str, int], world: int, dtype: torch.dtype) -> None:
     """TypeError or UsageError unless the sizes, by their names, make a layer whose experts divide over the ranks."""
     for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} is {value!r}; an integer is needed.")
-        if value < 1:
-            raise UsageError(f"{name} is {value}; it must be at least 1.")
+        check_integer(name, value)
     num_experts, top_k = sizes["num_experts"], sizes["top_k"]
     if top_k > num_experts:
         raise UsageError(f"top_k is {top_k} and there are only {num_experts} experts; lower top_k.")
@@ -26,6 +32,16 @@ def check_sizes(sizes: Mapping[str, int], world: int, dtype: torch.dtype) -> Non
         raise UsageError(f"{num_experts} experts do not divide over {world} ranks; choose a world size that does.")
     if dtype not in DTYPES:
         raise TypeError(f"The experts' dtype is {dtype}; use bfloat16, float16 or float32.")
+
+
+def check_tensor(name: str, tensor: Tensor, shape: Sequence[int], like: Tensor, owner: str) -> None:
+    """UsageError or TypeError unless it has that shape, and the dtype and device of ``like``, which is of ``owner``."""
+    if tensor.shape != tuple(shape):
+        raise UsageError(f"{name} of {list(tensor.shape)} was given; {list(shape)} is needed.")
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{name} of {tensor.dtype} was given; {owner} is for {like.dtype}.")
+    if tensor.device != like.device:
+        raise UsageError(f"{name} is on {tensor.device}, {owner} on {like.device}.")
 
 
 def check_experts(w13: Tensor, w2: Tensor, transposed: bool) -> None:

@@ -31,19 +31,17 @@ def bench_experts(
     skew: Annotated[bool, typer.Option(help="Zipf routing instead of uniform.")] = False,
     decode: Annotated[bool, typer.Option(help="Small sizes under CUDA-graph replay, weights rotated.")] = False,
     gemms: Annotated[bool, typer.Option(help="Our kernels one by one instead of whole layers.")] = False,
-    figure: Annotated[Path | None, typer.Option(help="Write the roofline to this PNG or SVG.")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Time the expert layer on one rank beside dense cuBLAS, torch's grouped_mm, vLLM and SonicMoE."""
     from farskip_fused.bench import experts as room
     from farskip_fused.bench import peers, report
+    from farskip_fused.bench.shapes import SHAPES as NAMED
 
     sizes = tokens or list(room.DECODE_TOKENS if decode else room.TOKENS)
-    names, found = shapes or list(room.SHAPES), peer or list(peers.PEERS)
+    names, found = shapes or list(NAMED), peer or list(peers.PEERS)
     result = room.run(names, sizes, found, skewed=skew, decode=decode, gemms=gemms)
     report.render(result)
-    if figure is not None:
-        report.draw_roofline(result, figure)
     write_json(json_file, result)
 
 
@@ -56,8 +54,9 @@ def bench_tune(
 ) -> None:
     """Find the fastest block sizes of the expert layer's forward pass on this GPU; FARSKIP_TUNED=FILE applies them."""
     from farskip_fused.bench import experts, tune
+    from farskip_fused.bench.shapes import SHAPES as NAMED
 
-    result = tune.run(shapes or list(experts.SHAPES), tokens or list(experts.DECODE_TOKENS), output)
+    result = tune.run(shapes or list(NAMED), tokens or list(experts.DECODE_TOKENS), output)
     tune.render(result, output)
     write_json(json_file, result)
 

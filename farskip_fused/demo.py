@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 import farskip_fused as ff
+from farskip_fused import demo_expert_parallel
 from farskip_fused.demo_figures import draw_recovery, results_table
 from farskip_fused.distillation import (
     DistillationReport,
@@ -107,9 +108,9 @@ def run(output: Path, *, overwrite: bool = False, settings: DemoSettings | None 
         with console.status("Saving, and reloading in a new process"):
             reload = save_and_reload(trained["fcsd"], corpus, settings, output / MODEL)
     with console.status("Splitting the experts over processes"):
-        ep = expert_parallel(output / MODEL)
+        ep = demo_expert_parallel.run(output / MODEL)
     after = {name: report.evaluations[-1][1] for name, report in reports.items()}
-    before = evaluation_of(teaching)
+    before = teaching.evaluations[-1][1]
     report = {
         "unigram": {"val_ce": unigram},
         "teacher": before.to_dict(),
@@ -283,12 +284,6 @@ def _reload(path: Path, ids: Any, settings: DemoSettings, device: str, threads: 
     return logits, str(tokenizer.decode(generated[0]))
 
 
-def expert_parallel(model_path: Path) -> dict[str, Any]:
-    from farskip_fused.demo_expert_parallel import run as run_expert_parallel
-
-    return run_expert_parallel(model_path)
-
-
 def environment(device: torch.device) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -299,11 +294,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "farskip_fused": ff.__version__,
     }
-
-
-def evaluation_of(report: DistillationReport) -> Evaluation:
-    """The evaluation after the last step."""
-    return report.evaluations[-1][1]
 
 
 def _summary(report: DistillationReport) -> dict[str, Any]:

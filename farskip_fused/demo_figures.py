@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from farskip_fused.distillation import DistillationReport, Evaluation
+from farskip_fused.plan.figure import new_figure
 
 # Name in the report: label, colour, whether it started from the converted model.
 RUNS = {
@@ -22,11 +23,7 @@ def draw_recovery(
     path: Path, teacher: Evaluation, converted: Evaluation, reports: Mapping[str, DistillationReport]
 ) -> None:
     """KL to the teacher and validation cross-entropy over tokens, as a PNG or SVG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.5, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9.5, 3.8)
     divergence, cross_entropy = figure.subplots(1, 2)
     for name, (label, color, from_converted) in RUNS.items():
         start = converted if from_converted else Evaluation(teacher.val_ce, 0.0, 1.0)

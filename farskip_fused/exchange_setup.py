@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from farskip_fused.errors import UsageError
 from farskip_fused.flight import Exchange
@@ -82,6 +83,12 @@ def set_up(
     memory.synchronize()
     memory.barrier()
     return exchange
+
+
+def warm_up_ids(exchange: Exchange) -> Tensor:
+    """Expert ids [WARM_UP_TOKENS, top_k] for a warm-up, int32; -1 where ``exchange`` has fewer experts than top_k."""
+    ids = torch.arange(exchange.top_k, dtype=torch.int32, device=exchange.slots.memory.device)
+    return torch.where(ids < exchange.num_local_experts, ids, -1).expand(WARM_UP_TOKENS, -1).contiguous()
 
 
 def load_kernels(memory: SymmetricMemory, launch_all: Callable[[SymmetricMemory], None]) -> None:

@@ -207,6 +207,8 @@ class Pending:
     hold: dispatch at ``experts()`` only.
     """
 
+    _new_flight = Flight
+
     def __init__(
         self, exchange: Exchange, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, w13: Tensor,
         w2: Tensor, main_grads: Sequence[Tensor | None] | None = None, hold: bool = False,
@@ -218,7 +220,7 @@ class Pending:
         # The router-weight gradient comes back with dispatch's, so combine sees the weights without their graph.
         self._top_k_weights = top_k_weights.detach()
         self._hidden_states = hidden_states.detach()
-        self._flight = Flight(exchange, top_k_index)
+        self._flight = self._new_flight(exchange, top_k_index)
         self._token = Dispatch.apply(hidden_states, top_k_weights, self._flight, hold)
         self._computed: Tensor | None = None
         self._finished = False
@@ -232,7 +234,7 @@ class Pending:
         if self._computed is not None:
             if not is_recomputing():
                 raise RuntimeError("experts() was called twice on one pending round; call it once, or only finish().")
-            self._flight = Flight(self._flight.exchange, self._flight.top_k_index)
+            self._flight = self._new_flight(self._flight.exchange, self._flight.top_k_index)
         if self._flight.held:
             self._flight.send(self._hidden_states, self._top_k_weights)
         self._computed = _Experts.apply(

@@ -20,7 +20,7 @@ from farskip_fused.checks import check_experts, check_hidden_states, check_ids, 
 from farskip_fused.kernels import experts, experts_backward, gather_sum, layout
 from farskip_fused.kernels.layout import Layout
 from farskip_fused.kernels.machine import aligned
-from farskip_fused.router import INITIAL_STD
+from farskip_fused.router import INITIAL_STD, traced_layout
 
 
 def new_experts(
@@ -193,17 +193,12 @@ def _expert_layout(top_k_index: Tensor, num_experts: int, tile_rows: int) -> tup
     return tuple(layout.local_layout(aligned(_wide(top_k_index)), num_experts, tile_rows)[:5])
 
 
+_expert_layout.register_fake(traced_layout)
+
+
 def _wide(ids: Tensor) -> Tensor:
     """In one of the two widths for which kernels are compiled."""
     return ids if ids.dtype in (torch.int32, torch.int64) else ids.to(torch.int32)
-
-
-@_expert_layout.register_fake
-def _(top_k_index: Tensor, num_experts: int, tile_rows: int) -> tuple[Tensor, ...]:
-    entries = top_k_index.numel()
-    row_tiles = torch.sym_max(entries // tile_rows + torch.sym_min(num_experts, entries), 1)
-    shapes = ([entries], list(top_k_index.shape), [num_experts + 1], [row_tiles, 4], [1])
-    return tuple(top_k_index.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
 
 @torch.library.custom_op(

@@ -18,21 +18,12 @@ from farskip_fused.checks import (
     to_global_ids,
 )
 from farskip_fused.errors import UsageError
-from farskip_fused.exchange_setup import (
-    WARM_UP_TOKENS,
-    ExchangeOptions,
-    set_up,
-    size_hint,
-)
+from farskip_fused.exchange_setup import ExchangeOptions, set_up, size_hint, warm_up_ids
 from farskip_fused.expert_parallel import Pending
 from farskip_fused.flight import Exchange
 from farskip_fused.kernels.layout import Layout
 from farskip_fused.kernels.machine import aligned
-from farskip_fused.local_experts import (
-    LocalPending,
-    arrange_entries,
-    new_experts,
-)
+from farskip_fused.local_experts import LocalPending, arrange_entries, new_experts
 from farskip_fused.router import Router
 from farskip_fused.symmetric import SymmetricMemory
 from farskip_fused.symmetric.slots import MINIMUM_DEPTH, SlotShape
@@ -134,9 +125,7 @@ class FusedExperts(nn.Module):
     def _warm_up(self, exchange: Exchange) -> None:
         """Launch every variant of every kernel once, with backward and without."""
         device, dtype = self.w13.device, self.slot_shape.dtype
-        tokens, local = WARM_UP_TOKENS, self.w13.shape[0]
-        ids = torch.arange(self.top_k, dtype=torch.int32, device=device)
-        ids = torch.where(ids < local, ids, -1).expand(tokens, -1).contiguous()
+        ids = warm_up_ids(exchange)
         w13, w2 = (weight.detach().requires_grad_() for weight in (self.w13, self.w2))
         added = {torch.float32, dtype} if self.accumulate_into_main_grad else set()
         for has_backward, added_dtype in [(False, None), (True, None), *((True, each) for each in added)]:
@@ -144,8 +133,8 @@ class FusedExperts(nn.Module):
             if added_dtype is not None:
                 main_grads = [torch.empty_like(weight, dtype=added_dtype) for weight in (w13, w2)]
             with torch.set_grad_enabled(has_backward):
-                x = torch.zeros(tokens, self.slot_shape.hidden_size, device=device, dtype=dtype, requires_grad=True)
-                weights = torch.ones(tokens, self.top_k, device=device, requires_grad=True)
+                x = torch.zeros(len(ids), self.slot_shape.hidden_size, device=device, dtype=dtype, requires_grad=True)
+                weights = torch.ones(ids.shape, device=device, requires_grad=True)
                 for shared, residual in ((None, None), (x, None), (None, x), (x, x)):
                     pending = Pending(exchange, x, ids, weights, w13, w2, main_grads)
                     y = pending.finish(shared=shared, residual=residual)

@@ -173,10 +173,15 @@ def _(
     floats = (ids.new_empty(shape, dtype=torch.float32) for shape in ([tokens, top_k], [tokens, num_experts]))
     if not tile_rows:
         return ids, *floats, *(ids.new_empty(0) for _ in range(5))
-    entries = tokens * top_k
+    return ids, *floats, *traced_layout(ids, num_experts, tile_rows)
+
+
+def traced_layout(ids: Tensor, num_experts: int, tile_rows: int) -> tuple[Tensor, ...]:
+    """Tensors of the shapes that the sorted layout of ids [T, K] has, for operators that are traced, not run."""
+    entries = ids.numel()
     row_tiles = torch.sym_max(entries // tile_rows + torch.sym_min(num_experts, entries), 1)
-    shapes = ([entries], [tokens, top_k], [num_experts + 1], [row_tiles, 4], [1])
-    return ids, *floats, *(ids.new_empty(shape) for shape in shapes)
+    shapes = ([entries], list(ids.shape), [num_experts + 1], [row_tiles, 4], [1])
+    return tuple(ids.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
 
 @torch.library.custom_op(

@@ -24,16 +24,12 @@ from farskip_fused.checks import (
     check_not_capturing,
     check_routing,
     check_sizes,
+    check_tensor,
     check_tokens,
     to_global_ids,
 )
 from farskip_fused.errors import UsageError
-from farskip_fused.exchange_setup import (
-    WARM_UP_TOKENS,
-    ExchangeOptions,
-    set_up,
-    size_hint,
-)
+from farskip_fused.exchange_setup import ExchangeOptions, set_up, size_hint, warm_up_ids
 from farskip_fused.expert_parallel import Combine, Dispatch
 from farskip_fused.flight import Exchange, Flight
 from farskip_fused.kernels import combine, dispatch, gather_sum
@@ -100,10 +96,9 @@ class TokenExchange:
     def _warm_up(self, exchange: Exchange) -> None:
         """Launch every variant of every kernel once, with backward and without."""
         shape, device = self.slot_shape, self.ep.device
-        ids = torch.arange(shape.top_k, dtype=torch.int32, device=device)
-        ids = torch.where(ids < exchange.num_local_experts, ids, -1).expand(WARM_UP_TOKENS, -1).contiguous()
-        weights = torch.ones(WARM_UP_TOKENS, shape.top_k, device=device)
-        x = torch.zeros(WARM_UP_TOKENS, shape.hidden_size, device=device, dtype=shape.dtype)
+        ids = warm_up_ids(exchange)
+        weights = torch.ones(ids.shape, device=device)
+        x = torch.zeros(len(ids), shape.hidden_size, device=device, dtype=shape.dtype)
         for norm_weight in (None, x[0]):
             for shared, residual in ((None, None), (x, None), (None, x), (x, x)):
                 handle = Handle(exchange, x, ids, weights)
@@ -309,7 +304,8 @@ def combine_send(handle: Handle, outputs: Tensor) -> None:
     """
     handle.check_step("combine_send")
     exchange = handle.flight.exchange
-    _check_tensor("Outputs", outputs, (exchange.capacity, exchange.slots.shape.hidden_size), exchange)
+    rows = exchange.slots.rows
+    check_tensor("Outputs", outputs, (exchange.capacity, rows.shape[1]), rows, "the exchange")
     handle.send(aligned(outputs))
     handle.next_step += 1
 
@@ -344,13 +340,12 @@ def combine_wait(
     for a wrong shape or device.
     """
     handle.check_step("combine_wait")
-    exchange = handle.flight.exchange
-    shape = exchange.slots.shape
+    rows = handle.flight.exchange.slots.rows
     for name, extra in (("The shared output", shared), ("The residual", residual)):
         if extra is not None:
-            _check_tensor(name, extra, (handle.tokens, shape.hidden_size), exchange)
+            check_tensor(name, extra, (handle.tokens, rows.shape[1]), rows, "the exchange")
     if norm_weight is not None:
-        _check_tensor("The norm's weight", norm_weight, (shape.hidden_size,), exchange)
+        check_tensor("The norm's weight", norm_weight, rows.shape[1:], rows, "the exchange")
         if is_recomputing() or handle.requires_grad(shared, residual, norm_weight):
             raise RuntimeError(
                 "combine_wait() was given a norm where a gradient is needed, and its norm has none; apply the norm "
@@ -362,13 +357,3 @@ def combine_wait(
     result, normed = handle.finish(shared, residual, norm_weight, norm_epsilon)
     handle.next_step += 1
     return result if normed is None else (result, normed)
-
-
-def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], exchange: Exchange) -> None:
-    rows = exchange.slots.rows
-    if tensor.shape != shape:
-        raise UsageError(f"{name} of {list(tensor.shape)} was given; {list(shape)} is needed.")
-    if tensor.dtype != rows.dtype:
-        raise TypeError(f"{name} of {tensor.dtype} was given; the exchange is for {rows.dtype}.")
-    if tensor.device != rows.device:
-        raise UsageError(f"{name} is on {tensor.device}, the exchange on {rows.device}.")

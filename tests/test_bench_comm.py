@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 import farskip_fused as ff
 from farskip_fused import mps
-from farskip_fused.bench import all_to_all, comm
+from farskip_fused.bench import all_to_all, collectives, comm
 from farskip_fused.bench.comm_ranks import STEPS, Case, Measured, measure
 from farskip_fused.bench.shapes import BYTES, Shape, random_routing
 from farskip_fused.cli import main
@@ -80,7 +80,7 @@ def test_others_are_timed_once_for_any_number_of_multiprocessors_and_what_fails_
             [(Measured(dict.fromkeys(all_to_all.STEPS, [2.0] * 3), 5), rank == 0) for _ in cases] for rank in (0, 1)
         ]
 
-    monkeypatch.setattr(all_to_all, "run_ranks", ranks)
+    monkeypatch.setattr(collectives, "run_ranks", ranks)
     monkeypatch.setattr(all_to_all.importlib.util, "find_spec", lambda name: None)
     cases = [("name", replace(CASE, sms=sms)) for sms in (20, 8)]
     found, missing = all_to_all.compare(cases, 2, 3)

@@ -15,11 +15,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
 
 from farskip_fused.connectivity import Connectivity
-from farskip_fused.conversion.rewired import Rewired
+from farskip_fused.conversion.rewired import Rewired, register_classes
 from farskip_fused.errors import UsageError
 from farskip_fused.record import from_record, to_record
 
@@ -160,8 +159,4 @@ def export(model: PreTrainedModel, path: Path) -> None:
 def register_instella() -> None:
     """Makes transformers' Auto classes know the type, as ``models.register`` does its converted form."""
     config_class, model_class = InstellaConfig.of(DeepseekV3Config), InstellaModel.of(DeepseekV3ForCausalLM)
-    AutoConfig.register(TYPE, config_class, exist_ok=True)
-    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-    mapping = get_checkpoint_conversion_mapping(STOCK_TYPE)
-    if mapping is not None:
-        register_checkpoint_conversion_mapping(TYPE, mapping, overwrite=True)
+    register_classes(TYPE, config_class, model_class, STOCK_TYPE)

@@ -98,7 +98,7 @@ def wire(
         layer._anatomy, layer._depth = anatomy, connectivity.depth
         layer._is_first, layer._is_last = index == 0, index == len(layers) - 1
         if anatomy.block and anatomy.block.scales_inputs:
-            llama4.enrol(moe_block(module, anatomy).get_submodule("experts"), config)
+            llama4.enrol(module.get_submodule(f"{anatomy.mlp}.experts"), config)
 
 
 def unwire(decoder: nn.Module) -> None:
@@ -109,17 +109,12 @@ def unwire(decoder: nn.Module) -> None:
             raise UsageError(f"A layer has class {type(layer).__name__}, put on it after convert; revert before that.")
     for layer in rewired:
         if layer.anatomy.block and layer.anatomy.block.scales_inputs:
-            llama4.dismiss(moe_block(layer, layer.anatomy).get_submodule("experts"))
+            llama4.dismiss(layer.get_submodule(f"{layer.anatomy.mlp}.experts"))
         layer.__class__ = type(layer).stock_class
         del layer._connectivity, layer._anatomy, layer._depth, layer._is_first, layer._is_last
         vars(layer).pop("_routed_last", None)
     if isinstance(decoder, FarSkipDecoder):
         cast(Any, decoder).__class__ = type(decoder).stock_class
-
-
-def moe_block(layer: nn.Module, anatomy: Anatomy) -> nn.Module:
-    """The MLP or MoE block of a decoder layer."""
-    return layer.get_submodule(anatomy.mlp)
 
 
 def _refuse_reentrant(checkpoint: Any) -> None:

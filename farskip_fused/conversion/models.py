@@ -12,20 +12,13 @@ from typing import Any, cast
 
 import transformers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from farskip_fused.conversion import llama4
 from farskip_fused.conversion.families import FAMILIES
 from farskip_fused.conversion.instella import register_instella
 from farskip_fused.conversion.layers import wire
-from farskip_fused.conversion.rewired import Rewired
+from farskip_fused.conversion.rewired import Rewired, register_classes
 from farskip_fused.conversion.verification import verified
 from farskip_fused.errors import UsageError
 from farskip_fused.record import CLASS_PREFIX, TYPE_PREFIX, from_record, stock_type
@@ -151,14 +144,9 @@ def register(model_type: str) -> None:
     if stock is None:
         return
     config_class, model_class = FarSkipConfig.of(stock[0]), FarSkipModel.of(stock[1])
-    AutoConfig.register(TYPE_PREFIX + model_type, config_class, exist_ok=True)
-    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    register_classes(TYPE_PREFIX + model_type, config_class, model_class, model_type)
     if stock[0] in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         AutoModelForImageTextToText.register(config_class, model_class, exist_ok=True)
-    # Without it the experts' weights, one tensor an expert in a checkpoint, would not be found and stay random.
-    mapping = get_checkpoint_conversion_mapping(model_type)
-    if mapping is not None:
-        register_checkpoint_conversion_mapping(TYPE_PREFIX + model_type, mapping, overwrite=True)
 
 
 def register_all() -> None:

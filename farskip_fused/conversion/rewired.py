@@ -1,9 +1,12 @@
-"""Dynamic subclasses of transformers' own classes, put on existing objects by ``__class__`` assignment."""
+"""Dynamic subclasses of transformers' own classes, put on objects by ``__class__`` assignment, or registered."""
 
 from __future__ import annotations
 
 import functools
 from typing import Any, ClassVar, cast
+
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 
 class Rewired:
@@ -32,6 +35,16 @@ class Rewired:
             return reduced
         # A dynamic class has no name to import it by; the stock class has.
         return (_new, (self.rewired_by, self.stock_class), *reduced[2:])
+
+
+def register_classes(model_type: str, config_class: type, model_class: type, stock_type: str) -> None:
+    """Makes transformers' Auto classes know a type whose checkpoints hold what those of ``stock_type`` hold."""
+    AutoConfig.register(model_type, config_class, exist_ok=True)
+    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    # Without it the experts' weights, one tensor an expert in a checkpoint, would not be found and stay random.
+    mapping = get_checkpoint_conversion_mapping(stock_type)
+    if mapping is not None:
+        register_checkpoint_conversion_mapping(model_type, mapping, overwrite=True)
 
 
 @functools.cache

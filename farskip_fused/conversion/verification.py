@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from farskip_fused.connectivity import Streams
 from farskip_fused.conversion.anatomy import Anatomy, read_layer
-from farskip_fused.conversion.layers import FarSkipLayer, moe_block
+from farskip_fused.conversion.layers import FarSkipLayer
 from farskip_fused.errors import UsageError
 
 
@@ -92,7 +92,7 @@ def _can_run(layer: nn.Module, anatomy: Anatomy) -> bool:
         return False
     if any(t.is_meta for t in tensors) or len({t.device for t in tensors}) > 1:
         return False
-    experts = getattr(moe_block(layer, anatomy), "experts", None)
+    experts = getattr(layer.get_submodule(anatomy.mlp), "experts", None)
     return experts is None or type(experts).__module__.startswith("transformers.models.")
 
 

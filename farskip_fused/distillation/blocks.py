@@ -55,10 +55,6 @@ class Blocks:
         return values.flatten(0, 1) if self.counted is None else values[self.counted[:, 1:].to(values.device)]
 
 
-def as_block_rows(blocks: Tensor | Blocks) -> Blocks:
-    return blocks if isinstance(blocks, Blocks) else Blocks(blocks)
-
-
 def model_inputs(blocks: Blocks, device: torch.device) -> dict[str, Any]:
     """What a causal language model is called with. transformers masks attention by positions that start again."""
     inputs: dict[str, Any] = {"input_ids": blocks.ids.to(device), "use_cache": False}

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from farskip_fused.distillation.blocks import Blocks, as_block_rows
+from farskip_fused.distillation.blocks import Blocks
 from farskip_fused.distillation.forward import at_head, checked_head, eval_mode
 from farskip_fused.distillation.loss import CHUNK_SIZE, Head, log_probabilities
-from farskip_fused.distillation.parallel import Alone, Parallel
+from farskip_fused.distillation.parallel import Parallel
 from farskip_fused.distillation.teacher import Separate, Teacher
 from farskip_fused.errors import UsageError
 
@@ -50,7 +50,7 @@ def evaluate(
     parallel: how the model is split over ranks, each of which then takes a share of the blocks; collective.
     on_batch: called with the number of blocks after each forward pass.
     """
-    rows, ranks = as_block_rows(blocks), parallel or Alone()
+    rows, ranks = blocks if isinstance(blocks, Blocks) else Blocks(blocks), parallel or Parallel()
     if not rows.predictions():
         raise UsageError("No token of the blocks counts, so there is nothing to evaluate.")
     head = checked_head(model, rows)

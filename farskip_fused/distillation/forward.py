@@ -96,8 +96,8 @@ def _check_bounds(model: nn.Module, blocks: Blocks) -> None:
     ids = blocks.ids[[0, -1], :8]
     half = ids.shape[1] // 2
     positions = torch.cat([torch.arange(half), torch.arange(ids.shape[1] - half)]).expand(2, -1)
-    alone = at_head(model, Blocks(ids[:, half:]), lambda hidden: hidden)
-    behind = at_head(model, Blocks(ids, positions), lambda hidden: hidden).unflatten(0, (2, -1))[:, half:].flatten(0, 1)
+    alone = hidden_states(model, Blocks(ids[:, half:]))
+    behind = hidden_states(model, Blocks(ids, positions)).unflatten(0, (2, -1))[:, half:].flatten(0, 1)
     if not _same(behind, alone):
         raise UsageError(
             f"The {type(model).__name__} cannot keep packed documents apart (flash attention cannot in batches); load"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -64,13 +64,10 @@ def loss_bytes(
         heads = [nn.Linear(hidden_size, vocabulary, bias=False, dtype=dtype) for _ in range(2)]
         student.requires_grad_()
         heads[1].requires_grad_(False)
-        loss: Callable[[], Tensor]
-        if chunk_size is None:
-            loss = lambda: naive_kl_divergence(student, heads[0], teacher, heads[1])  # noqa: E731
-        else:
-            loss = lambda: kl_divergence(student, heads[0], teacher, heads[1], chunk_size)  # noqa: E731
+        pairs = (student, heads[0], teacher, heads[1])
         with _Peak([student, teacher, *(head.weight for head in heads)]) as peak:
-            loss().backward()
+            loss = naive_kl_divergence(*pairs) if chunk_size is None else kl_divergence(*pairs, chunk_size)
+            loss.backward()
     return int(peak.most)
 
 

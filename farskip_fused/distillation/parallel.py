@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -17,62 +17,37 @@ from farskip_fused.symmetric import SymmetricMemory, init
 MODES = ("fsdp", "ep")
 
 
-class Parallel(Protocol):
-    """What the training loop asks of the ranks. Collective calls are made by all of them in the same order.
+class Parallel:
+    """What the training loop asks of the ranks; as it stands, of one process.
 
+    Collective calls are made by all ranks in the same order.
     loss_scale: what a rank's loss is multiplied by, so that gradients are sums over the ranks' tokens.
     """
-
-    rank: int
-    world: int
-    loss_scale: float
-
-    def share(self, blocks: Blocks) -> Blocks:
-        """This rank's part of the blocks, as many for each rank; what does not divide is left out."""
-        ...
-
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """The sums over the ranks."""
-        ...
-
-    def reduce(self, gradients: dict[nn.Parameter, Tensor]) -> None:
-        """Completes the gradients of a step, in place."""
-        ...
-
-    def norm(self, gradients: dict[nn.Parameter, Tensor]) -> Tensor:
-        """Norm of the complete gradient, the same on every rank."""
-        ...
-
-    def key(self, parameter: nn.Parameter, name: str) -> str:
-        """The name under which a parameter is stored beside those of other ranks."""
-        ...
-
-
-class Alone:
-    """One process."""
 
     rank, world, loss_scale = 0, 1, 1.0
 
     def share(self, blocks: Blocks) -> Blocks:
+        """This rank's part of the blocks, as many for each rank; what does not divide is left out."""
         return blocks
 
     def sum(self, values: Sequence[float]) -> list[float]:
+        """The sums over the ranks."""
         return list(values)
 
     def reduce(self, gradients: dict[nn.Parameter, Tensor]) -> None:
-        pass
+        """Completes the gradients of a step, in place."""
 
     def norm(self, gradients: dict[nn.Parameter, Tensor]) -> Tensor:
+        """Norm of the complete gradient, the same on every rank."""
         return torch.nn.utils.get_total_norm(gradients.values())
 
     def key(self, parameter: nn.Parameter, name: str) -> str:
+        """The name under which a parameter is stored beside those of other ranks."""
         return name
 
 
-class _Ranks:
+class _Ranks(Parallel):
     """What holds for any group of ranks that share the data."""
-
-    loss_scale = 1.0
 
     def __init__(self, device: torch.device) -> None:
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
@@ -98,15 +73,9 @@ class Sharded(_Ranks):
         self.loss_scale = float(self.world)
         shard(model, device, trained=True)
 
-    def reduce(self, gradients: dict[nn.Parameter, Tensor]) -> None:
-        pass
-
     def norm(self, gradients: dict[nn.Parameter, Tensor]) -> Tensor:
-        total = torch.nn.utils.get_total_norm(gradients.values())
+        total = super().norm(gradients)
         return total.full_tensor() if isinstance(total, DTensor) else total
-
-    def key(self, parameter: nn.Parameter, name: str) -> str:
-        return name
 
 
 class SplitExperts(_Ranks):
@@ -141,7 +110,7 @@ def distribute(model: nn.Module, mode: str | None, max_tokens: int) -> Parallel:
     mode: None, "fsdp" or "ep". max_tokens: most tokens of a rank's forward pass, which "ep" needs to know.
     """
     if mode is None:
-        return Alone()
+        return Parallel()
     if mode not in MODES:
         raise UsageError(f"Unknown parallel mode {mode!r}; use one of {', '.join(MODES)}.")
     if not dist.is_initialized():

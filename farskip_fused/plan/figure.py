@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,8 +40,6 @@ def draw(path: Path, job: Job, splits: Sweep | None = None) -> None:
     tokens a second over EP, if ``splits`` are given. Raises UsageError for a path that cannot be written."""
     checked_path(path, ".png", ".svg")
     figure = new_figure(11, 4.2 if splits is None else 6.6)
-    from matplotlib.patches import Patch
-
     rows = 2 if splits is None else 3
     panels = figure.subplots(rows, 1, height_ratios=[1, 1, 1.4][:rows])
     found, names = {name: timeline for name, (_, timeline) in timelines(job).items()}, []
@@ -62,14 +61,21 @@ def draw(path: Path, job: Job, splits: Sweep | None = None) -> None:
         axes.set_title(f"{label}: {timeline.layer_time:.2f} ms a layer, forward", loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     panels[1].set_xlabel("ms since the layer began (paler: the layers before and after)")
-    figure.legend(
-        handles=[Patch(color=LOOKS[name][1], label=name.replace("_", " ")) for name in names],
-        loc="outside lower center", ncols=len(names), fontsize=8, frameon=False,
-    )  # fmt: skip
+    add_legend(figure, names)
     if splits is not None:
         draw_frontier(panels[2], splits)
     figure.suptitle(f"{title(job)}\nsimulated", fontsize=9)
     figure.savefig(path, dpi=120)
+
+
+def add_legend(figure, names: Sequence[str]) -> None:  # type: ignore[no-untyped-def]
+    """The colours of actions and transfers, below all panels."""
+    from matplotlib.patches import Patch
+
+    figure.legend(
+        handles=[Patch(color=LOOKS[name][1], label=name.replace("_", " ")) for name in names],
+        loc="outside lower center", ncols=len(names), fontsize=8, frameon=False,
+    )  # fmt: skip
 
 
 def draw_frontier(axes, splits: Sweep) -> None:  # type: ignore[no-untyped-def]

@@ -131,42 +131,30 @@ def _ernie(config: Mapping[str, Any], layers: int) -> int:
     return sum(start <= layer <= end and (layer + 1) % interval == 0 for layer in range(layers))
 
 
-def _all(config: Mapping[str, Any], layers: int) -> int:
-    return layers
-
-
-def _shared_of_count(config: Mapping[str, Any]) -> int:
+def _shared(config: Mapping[str, Any], size: str | None) -> int:
+    """Of all shared experts of a layer; size: the key of one's, None where there are none."""
+    if size != EXPERT_SIZE:
+        return _of(config, size) if size else 0
     count = config.get("n_shared_experts") or config.get("moe_num_shared_experts") or 0
-    return count * _of(config, "moe_intermediate_size") if count else 0
+    return count * _of(config, size) if count else 0
 
 
-def _no_shared(config: Mapping[str, Any]) -> int:
-    return 0
-
-
-def _shared_of_size(config: Mapping[str, Any]) -> int:
-    return _of(config, "shared_expert_intermediate_size")
-
-
-def _shared_like_expert(config: Mapping[str, Any]) -> int:
-    return _of(config, "intermediate_size")
-
-
-# How many layers are MoE layers, and the size of a layer's shared experts, by ``model_type``.
-FAMILIES: dict[str, tuple[Callable[..., int], Callable[..., int]]] = {
-    "deepseek_v2": (_leading_dense, _shared_of_count),
-    "deepseek_v3": (_leading_dense, _shared_of_count),
-    "dots1": (_leading_dense, _shared_of_count),
-    "ernie4_5_moe": (_ernie, _shared_of_count),
-    "glm4_moe": (_one_leading_dense, _shared_of_count),
-    "glm4_moe_lite": (_one_leading_dense, _shared_of_count),
-    "hunyuan_v1_moe": (_all, _shared_like_expert),
-    "llama4": (_interleaved, _shared_like_expert),
-    "llama4_text": (_interleaved, _shared_like_expert),
-    "mixtral": (_all, _no_shared),
-    "olmoe": (_all, _no_shared),
-    "qwen2_moe": (_every_step, _shared_of_size),
-    "qwen3_moe": (_every_step, _no_shared),
+EXPERT_SIZE = "moe_intermediate_size"
+# How many layers are MoE layers, and the key of a shared expert's size, by ``model_type``.
+FAMILIES: dict[str, tuple[Callable[..., int], str | None]] = {
+    "deepseek_v2": (_leading_dense, EXPERT_SIZE),
+    "deepseek_v3": (_leading_dense, EXPERT_SIZE),
+    "dots1": (_leading_dense, EXPERT_SIZE),
+    "ernie4_5_moe": (_ernie, EXPERT_SIZE),
+    "glm4_moe": (_one_leading_dense, EXPERT_SIZE),
+    "glm4_moe_lite": (_one_leading_dense, EXPERT_SIZE),
+    "hunyuan_v1_moe": (_every_step, "intermediate_size"),
+    "llama4": (_interleaved, "intermediate_size"),
+    "llama4_text": (_interleaved, "intermediate_size"),
+    "mixtral": (_every_step, None),
+    "olmoe": (_every_step, None),
+    "qwen2_moe": (_every_step, "shared_expert_intermediate_size"),
+    "qwen3_moe": (_every_step, None),
 }
 
 
@@ -185,7 +173,7 @@ def from_config(config: Mapping[str, Any], name: str) -> Model:
     if family not in FAMILIES:
         raise UsageError(f"{name}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}.")
     config = config.get("text_config", config)
-    count_moe, shared = FAMILIES[family]
+    count_moe, shared_size = FAMILIES[family]
     layers, heads = _of(config, "num_hidden_layers"), _of(config, "num_attention_heads")
     hidden = _of(config, "hidden_size")
     latent = family in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
@@ -211,8 +199,8 @@ def from_config(config: Mapping[str, Any], name: str) -> Model:
         heads=heads,
         experts=_of(config, "n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts"),
         top_k=_of(config, "num_experts_per_tok", "moe_k", "moe_topk"),
-        intermediate=_of(config, "intermediate_size" if family in _NO_OWN_SIZE else "moe_intermediate_size"),
-        shared=shared(config),
+        intermediate=_of(config, "intermediate_size" if family in _NO_OWN_SIZE else EXPERT_SIZE),
+        shared=_shared(config, shared_size),
         dense_intermediate=_of(config, "intermediate_size_mlp", "intermediate_size"),
         vocabulary=_of(config, "vocab_size"),
         groups=config.get("n_group") or 1,

@@ -224,7 +224,10 @@ def recommendation(prediction: Prediction) -> str:
     if prediction.overlap is None:
         least = _least_expert_parallelism(job)
         where = f"; from EP {least} on it would be" if least else ""
-        return f"Not worth it: there is no communication to hide{where}. {_bound(prediction)}"
+        return (
+            f"Not worth it: there is no communication to hide{where}. A step takes {prediction.step['farskip']:.1f} ms,"
+            " all of it computation."
+        )
     moved = sum(one.communication for one in prediction.directions)
     idle = sum(one.idle for one in prediction.directions)
     hidden = f"Of {moved:.2f} ms of communication a layer {prediction.overlap:.0%} are hidden"
@@ -242,10 +245,6 @@ def recommendation(prediction: Prediction) -> str:
         f"Measure first: a step gets {gain:.1%} faster, but {prediction.low:.2f} to {prediction.high:.2f} times are"
         f" possible. {hidden}."
     )
-
-
-def _bound(prediction: Prediction) -> str:
-    return f"A step takes {prediction.step['farskip']:.1f} ms, all of it computation."
 
 
 def _least_expert_parallelism(job: Job) -> int | None:

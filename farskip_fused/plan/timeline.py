@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from farskip_fused.plan.durations import Durations
 from farskip_fused.schedule import Action
@@ -202,8 +201,3 @@ def merged(intervals: Sequence[Interval]) -> list[Interval]:
         else:
             result.append(one)
     return result
-
-
-def overlaps(intervals: Sequence[Interval]) -> bool:
-    """Whether a lane carries two things at once."""
-    return any(after.start < before.end - 1e-12 for before, after in pairwise(intervals))

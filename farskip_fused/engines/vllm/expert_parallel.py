@@ -21,7 +21,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from farskip_fused.checks import check_tokens
 from farskip_fused.engines.vllm import all_reduce, ranks, settings
 from farskip_fused.errors import UsageError
-from farskip_fused.exchange_setup import WARM_UP_TOKENS, ExchangeOptions, set_up
+from farskip_fused.exchange_setup import ExchangeOptions, set_up, warm_up_ids
 from farskip_fused.expert_parallel import Pending
 from farskip_fused.flight import Exchange
 from farskip_fused.kernels.machine import aligned
@@ -143,9 +143,8 @@ def set_up_layer(memory: SymmetricMemory, layer: Any) -> Experts:
 
     @torch.no_grad()
     def warm_up(exchange: Exchange) -> None:
-        ids = torch.arange(shape.top_k, dtype=torch.int32, device=w13.device)
-        ids = torch.where(ids < exchange.num_local_experts, ids, -1).expand(WARM_UP_TOKENS, -1).contiguous()
-        x = torch.zeros(WARM_UP_TOKENS, shape.hidden_size, dtype=w13.dtype, device=w13.device)
+        ids = warm_up_ids(exchange)
+        x = torch.zeros(len(ids), shape.hidden_size, dtype=w13.dtype, device=w13.device)
         Pending(exchange, x, ids, torch.ones_like(ids, dtype=torch.float32), w13, w2).finish()
 
     exchange = set_up(memory, shape, moe.num_experts, ExchangeOptions(), warm_up)
