@@ -110,7 +110,8 @@ def test_ranks_begin_to_compile_at_different_forms(function, without_gpu, monkey
         launchable.compile_ahead(
             lambda kernel=kernel: [kernel[(1,)](None, 32, SIZE=size) for size in range(6)],
             torch.device("cuda"),
-            rank, 3,
+            rank,
+            3,
         )
         orders.append([size for _, size in kernel.function.ahead])
     assert orders == [[0, 1, 2, 3, 4, 5], [2, 3, 4, 5, 0, 1], [4, 5, 0, 1, 2, 3]]
