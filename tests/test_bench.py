@@ -5,7 +5,7 @@ import torch
 
 from farskip_fused.bench import decode, experts, gemms, peers, report, timing
 from farskip_fused.bench.grouped_mm import grouped_mm_experts
-from farskip_fused.bench.shapes import PRODUCTS, SHAPES, Shape, parse_shape, random_routing
+from farskip_fused.bench.shapes import SHAPES, Shape, parse_shape, random_routing
 from farskip_fused.errors import UsageError
 from tests.numerics import DEVICE
 
