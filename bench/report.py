@@ -1,4 +1,4 @@
-"""What a benchmark's JSON holds, as tables; and tables in documents."""
+"""What a benchmark's JSON holds, as tables and as a roofline figure; and tables in documents."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import datetime
 import importlib.metadata
 import subprocess
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from farskip_fused.errors import UsageError
 
-DIRECTIONS = ("forward", "forward_backward")
+DIRECTIONS = {"forward": 6, "forward_backward": 18}
 
 
 def environment() -> dict[str, str]:
@@ -58,8 +58,15 @@ def replace_between(text: str, marks: tuple[str, str], content: str) -> str:
     return f"{before}{start}\n{content}\n{end}{after}"
 
 
+def best_peer(cells: dict[str, Any]) -> float | None:
+    """ms of the fastest layer that is neither ours nor the limit."""
+    return min((cell["ms"] for name, cell in cells.items() if name not in ("ours", "dense")), default=None)
+
+
 def render(report: dict[str, Any]) -> None:
     """Print the tables of a report."""
+    from rich.table import Table
+
     console = open_console(report)
     ceilings = report["ceilings"]
     console.print(f"ceilings: {ceilings['tflops']:.0f} TFLOP/s, copy {ceilings['terabytes']:.2f} TB/s")
@@ -98,6 +105,7 @@ def render(report: dict[str, Any]) -> None:
                     f"{cell['terabytes']:.2f}", f"{cell['terabytes'] / ceilings['terabytes']:.0%}", ratio,
                 )  # fmt: skip
         console.print(table)
+
     if report.get("gemms"):
         table = Table("shape", "T", "kernel", "ms", "± ms", "TFLOP/s", "TB/s", "of matmul", "of copy")
         for row in report["gemms"]:
@@ -107,3 +115,40 @@ def render(report: dict[str, Any]) -> None:
                 f"{row['tflops'] / ceilings['tflops']:.0%}", f"{row['terabytes'] / ceilings['terabytes']:.0%}",
             )  # fmt: skip
         console.print(table)
+
+
+def draw_roofline(report: dict[str, Any], path: Path) -> None:
+    """Every layer of the report under the measured ceilings: FLOPs a byte, each operand moved once, and TFLOP/s."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    ceilings = report["ceilings"]
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    markers = {"dense": "_", "ours": "o", "grouped_mm": "^", "vllm": "s", "sonicmoe": "D"}
+    colors = {"forward": "tab:blue", "forward_backward": "tab:orange"}
+    for layer in report["layers"]:
+        for direction, factor in DIRECTIONS.items():
+            for name, cell in layer[direction].items():
+                axes.plot(
+                    intensity(layer, factor), cell["tflops"], markers[name], color=colors[direction],
+                    fillstyle="full" if name == "ours" else "none", label=f"{name}, {direction.replace('_', ' + ')}",
+                )  # fmt: skip
+    ridge = ceilings["tflops"] / ceilings["terabytes"]
+    reach = [ridge / 20, ridge, max(axes.get_xlim()[1], 2 * ridge)]
+    axes.plot(reach, [min(ceilings["tflops"], x * ceilings["terabytes"]) for x in reach], "k-", linewidth=0.8)
+    axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="TFLOP/s", title=report["environment"]["gpu"])
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    axes.legend(handles.values(), handles.keys(), fontsize=7)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def intensity(layer: dict[str, Any], factor: int) -> float:
+    """FLOPs a byte of memory traffic where weights and rows move once (gradients too, in training), in bf16."""
+    entries = layer["tokens"] * layer["top_k"]
+    weights = 3 * layer["experts"] * layer["hidden"] * layer["intermediate"]
+    rows = 2 * layer["tokens"] * layer["hidden"] + entries * layer["intermediate"]
+    moved = 2 * (weights + rows) * (1 if factor == 6 else 3)
+    return factor * entries * layer["hidden"] * layer["intermediate"] / moved

@@ -31,6 +31,7 @@ def bench_experts(
     skew: Annotated[bool, typer.Option(help="Zipf routing instead of uniform.")] = False,
     decode: Annotated[bool, typer.Option(help="Small sizes under CUDA-graph replay, weights rotated.")] = False,
     gemms: Annotated[bool, typer.Option(help="Our kernels one by one instead of whole layers.")] = False,
+    figure: Annotated[Path | None, typer.Option(help="Write the roofline to this PNG or SVG.")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Time the expert layer on one rank beside dense cuBLAS, torch's grouped_mm, vLLM and SonicMoE."""
@@ -42,6 +43,8 @@ def bench_experts(
     names, found = shapes or list(NAMED), peer or list(peers.PEERS)
     result = room.run(names, sizes, found, skewed=skew, decode=decode, gemms=gemms)
     report.render(result)
+    if figure is not None:
+        report.draw_roofline(result, figure)
     write_json(json_file, result)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from farskip_fused.bench import decode, experts, gemms, peers, report, timing
 from farskip_fused.bench.grouped_mm import grouped_mm_experts
-from farskip_fused.bench.shapes import PRODUCTS, SHAPES, Shape, parse_shape, random_routing
+from farskip_fused.bench.shapes import SHAPES, Shape, parse_shape, random_routing
 from farskip_fused.errors import UsageError
 from tests.numerics import DEVICE
 
@@ -40,6 +40,15 @@ def test_tables_name_the_ratio_to_every_peer(capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "1.50x" in printed and "2.00x" in printed and "1.12x" in printed
     assert "100.0 MB saved" in printed and "sonicmoe is left out: no module" in printed and "83%" in printed
+
+
+def test_roofline_is_drawn(tmp_path):
+    report.draw_roofline(made_up_report(), tmp_path / "roofline.png")
+    assert (tmp_path / "roofline.png").stat().st_size > 10_000
+
+
+def test_best_peer_is_neither_ours_nor_the_limit():
+    assert report.best_peer(made_up_report()["layers"][0]["forward"]) == 4.5
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "1,2,3", "64,64,2,3", "0,64,2,1"])
@@ -137,7 +146,7 @@ def test_a_layer_is_measured_with_all_that_the_report_needs(small_layer, clock, 
     found, missing = {"grouped_mm": peers.Peer(grouped_mm_experts)}, {}
     (row,) = experts.measure("64,32,8,2", SMALL, [48], found, missing, skewed=True)
     assert not missing and row["zipf_over_uniform"] == {"forward": 1.0, "forward_backward": 1.0}
-    for direction, factor in PRODUCTS.items():
+    for direction, factor in report.DIRECTIONS.items():
         assert set(row[direction]) == {"dense", "ours", "grouped_mm"}
         assert row[direction]["ours"]["tflops"] == pytest.approx(factor * 48 * 2 * 64 * 32 / 2.0 * 1e-9)
         assert row["errors"][direction]["grouped_mm"] < peers.LARGEST_ERROR
