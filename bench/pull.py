@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from farskip_fused.kernels.dispatch import WARPS, wait_rows, wait_to_send
+from farskip_fused.kernels.launchable import Kernel
 from farskip_fused.kernels.machine import INTERPRETED, padded
 from farskip_fused.kernels.protocol import (
     DISPATCH_ROWS,
@@ -30,6 +31,7 @@ ROWS_AT_ONCE = 128 if INTERPRETED else 32
 COLUMNS_AT_ONCE = 1024
 
 
+@Kernel
 @triton.jit(do_not_specialize=["tokens"])
 def _publish(context, ticket, rows, tokens, HIDDEN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr):
     rank = tl.load(context + RANK)
@@ -45,6 +47,7 @@ def _publish(context, ticket, rows, tokens, HIDDEN: tl.constexpr, BLOCK_ROWS: tl
                 tl.store(target[:, None] + column[None, :], values, mask=mask)
 
 
+@Kernel
 @triton.jit
 def _pull(
     context, ticket, experts, kept,

@@ -1,6 +1,8 @@
 """Launches find the compiled form that Triton would take."""
 
+import re
 from itertools import combinations
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -125,6 +127,19 @@ def test_what_does_not_compile_ahead_says_why_and_later_launches_are_done(functi
         launchable.compile_ahead(lambda: 1 // 0, torch.device("cuda"))
     kernel[(1,)](None, 32, SIZE=8)
     assert len(function.compiled) == 1
+
+
+ROOT = Path(__file__).parents[2]
+# What a layer's set-up launches: while forms are noted, what is no Kernel would run on memory that nobody has filled.
+SOURCES = [*sorted((ROOT / "kernels").glob("*.py")), ROOT / "bench" / "pull.py"]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_whatever_is_launched_is_a_kernel(path):
+    text = path.read_text()
+    launched = set(re.findall(r"^ +(\w+)\[(?:\(|grid\])", text, re.MULTILINE)) - {"compiled"}
+    decorated = set(re.findall(r"^ *@Kernel\n *@\w+\.jit(?:\([^\n]*\))?\n *def (\w+)", text, re.MULTILINE))
+    assert launched == decorated
 
 
 def test_constants_among_the_arguments_are_refused(function):
