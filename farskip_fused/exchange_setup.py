@@ -94,7 +94,8 @@ def warm_up_ids(exchange: Exchange) -> Tensor:
 def load_kernels(memory: SymmetricMemory, launch_all: Callable[[SymmetricMemory], None]) -> None:
     """Compile and load every kernel that ``launch_all`` launches; collective.
 
-    It is called twice, with memory of a world of one: loading a module while another kernel waits for a peer deadlocks.
+    It is called once to say what it launches, and again if any of that is new, with memory of a world of one: loading a
+    module while another kernel waits for a peer deadlocks.
     """
     if INTERPRETED:  # nothing is compiled or loaded
         return
@@ -109,8 +110,8 @@ def load_kernels(memory: SymmetricMemory, launch_all: Callable[[SymmetricMemory]
 
     hosts = memory.gather(socket.gethostname())
     here = [rank for rank, host in enumerate(hosts) if host == hosts[memory.rank]]
-    compile_ahead(on_scratch, memory.device, here.index(memory.rank), len(here))
-    on_scratch()
+    if compile_ahead(on_scratch, memory.device, here.index(memory.rank), len(here)):
+        on_scratch()
 
 
 def _new_exchange(slots: Slots, world: int, shape: SlotShape, num_experts: int, options: ExchangeOptions) -> Exchange:

@@ -69,8 +69,10 @@ def _form(argument: Any) -> Any:
     return argument.base.dtype, *argument.block_shape
 
 
-def compile_ahead(launches: Callable[[], Any], device: torch.device, rank: int = 0, world: int = 1) -> None:
+def compile_ahead(launches: Callable[[], Any], device: torch.device, rank: int = 0, world: int = 1) -> bool:
     """Compile every form that ``launches`` launches, several at a time; nothing is launched, by no thread.
+
+    Returns whether there is one that this process has not launched yet, and so not loaded.
 
     rank, world: of those on this host. They share the processors, and begin at different forms, so that they find in
     Triton's cache on disk what others have compiled. One by one, as they are launched, 250 forms take minutes.
@@ -91,3 +93,4 @@ def compile_ahead(launches: Callable[[], Any], device: torch.device, rank: int =
             compiled.result()
     finally:
         pool.shutdown(cancel_futures=True)
+    return bool(steps)

@@ -95,13 +95,15 @@ def test_forms_are_compiled_ahead_once_each_and_nothing_is_launched(function, wi
             kernel[(1,)](values, 32, SIZE=size)
         other[(1,)](values, 32, SIZE=8)
 
-    launchable.compile_ahead(launches, torch.device("cuda"))
+    assert launchable.compile_ahead(launches, torch.device("cuda"))
     assert sorted(function.ahead) == [(32, 8), (32, 16)]
     assert other.function.ahead == [(32, 8)]
     assert function.compiled == function.launched == []
     launches()
     assert len(function.compiled) == 2
     assert len(function.launched) == 1
+    assert not launchable.compile_ahead(launches, torch.device("cuda"))  # a second layer has nothing to load
+    assert len(function.ahead) == 2
 
 
 def test_ranks_begin_to_compile_at_different_forms(function, without_gpu, monkeypatch):
