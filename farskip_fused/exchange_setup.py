@@ -17,6 +17,7 @@ from farskip_fused.kernels.machine import INTERPRETED
 from farskip_fused.kernels.tiles import choose_tile_rows
 from farskip_fused.schedule import COMMUNICATION
 from farskip_fused.symmetric import SymmetricMemory
+from farskip_fused.symmetric.local import LocalMemory
 from farskip_fused.symmetric.slots import Slots, SlotShape, open_slots
 
 WARM_UP_TOKENS = 4
@@ -99,7 +100,6 @@ def load_kernels(memory: SymmetricMemory, launch_all: Callable[[SymmetricMemory]
     """
     if INTERPRETED:  # nothing is compiled or loaded
         return
-    from farskip_fused.symmetric.local import LocalMemory
 
     def on_scratch() -> None:
         scratch = LocalMemory(memory.device, timeout=60.0)

@@ -47,7 +47,9 @@ _SET = tl.constexpr(9)  # NVSHMEM_SIGNAL_SET
 # arrived. So each warp puts a row of its own. More programs instead, of fewer warps, come to lie on as many
 # multiprocessors, and GEMMs and attention, which were promised all but a few, wait for their end.
 WARPS = 16
-LANES = 1 if INTERPRETED else 32  # a block of a value a thread, alike within a warp, makes each warp's call its own
+_WARPS = tl.constexpr(WARPS)
+# A block of a value a thread, alike within a warp, makes each warp's call its own.
+_LANES = tl.constexpr(1 if INTERPRETED else 32)
 
 if INTERPRETED:
 
@@ -55,9 +57,10 @@ if INTERPRETED:
     def _copy(context, target, source, nbytes, peer, wanted, WIDTH: tl.constexpr):
         own = tl.load(context + PEERS + tl.load(context + RANK)) + source
         there = tl.load(context + PEERS + tl.load(context + WORLD) + peer) + target
+        nbytes = tl.where(wanted, nbytes, 0)
         for start in range(0, tl.max(nbytes, axis=0), WIDTH):
             at = (start + tl.arange(0, WIDTH))[None, :]
-            mask = (at < nbytes[:, None]) & wanted[:, None]
+            mask = at < nbytes[:, None]
             value = tl.load(own.to(tl.pointer_type(tl.uint8))[:, None] + at, mask=mask)
             tl.store(there.to(tl.pointer_type(tl.uint8))[:, None] + at, value, mask=mask)
 
@@ -67,7 +70,7 @@ if INTERPRETED:
 
     @triton.jit
     def _put_word(context, target, source, peer, wanted):
-        _copy(context, target, source, tl.zeros_like(source) + 4, peer, wanted, 4)
+        _copy(context, target, source, 4, peer, wanted, 4)
 
     @triton.jit
     def _quiet():
@@ -111,19 +114,18 @@ else:
         rank = tl.load(context + RANK)
         base = tl.load(context + PEERS + rank)
         there = tl.where(wanted, peer, rank).to(tl.int32)
-        return base + target, base + source, tl.where(wanted, nbytes, 0), there
+        return base + target, base + source, tl.where(wanted, nbytes, 0).to(tl.int64), there
 
     @triton.jit
     def _put(context, target, source, nbytes, peer, wanted):
-        """Each warp puts from one offset of the buffer to another; all arguments are blocks of a value a thread."""
+        """Each warp puts from one offset of the buffer to another; offsets and wanted: blocks of a value a thread."""
         target, source, nbytes, peer = _addressed(context, target, source, nbytes, peer, wanted)
         _putmem_nbi_warp(target, source, nbytes, peer)
 
     @triton.jit
     def _put_word(context, target, source, peer, wanted):
         """Each thread puts four bytes."""
-        nbytes = tl.zeros_like(source) + 4
-        target, source, nbytes, peer = _addressed(context, target, source, nbytes, peer, wanted)
+        target, source, nbytes, peer = _addressed(context, target, source, 4, peer, wanted)
         _putmem_nbi(target, source, nbytes, peer)
 
     @triton.jit
@@ -142,9 +144,8 @@ def _is_put(context, peer):
 
 
 @triton.jit
-def _of_warp(WARPS: tl.constexpr, LANES: tl.constexpr):
-    """Which warp of the program a thread is in."""
-    return tl.arange(0, WARPS * LANES) // LANES
+def _warp_of_thread():
+    return tl.arange(0, _WARPS * _LANES) // _LANES
 
 
 @Kernel
@@ -158,22 +159,21 @@ def _signal(context, ticket, FLAGS: tl.constexpr, PLANE: tl.constexpr):
 
 @Kernel
 @triton.jit(do_not_specialize=["entries"])
-def _put_routing(context, ticket, entries, TOP_K: tl.constexpr, WARPS: tl.constexpr, LANES: tl.constexpr):
+def _put_routing(context, ticket, entries, TOP_K: tl.constexpr):
     peer = tl.program_id(0).to(tl.int64)
     if is_alive(context) & _is_put(context, peer):
-        warp = _of_warp(WARPS, LANES)
-        peers = warp * 0 + peer
+        warp = _warp_of_thread()
         source = slot_of(context, ticket) * tl.load(context + WORLD) + tl.load(context + RANK)
         first = source * tl.load(context + MAX_TOKENS) * TOP_K * 4
-        share = tl.cdiv(tl.cdiv(entries * 4, 16), WARPS) * 16
+        share = tl.cdiv(tl.cdiv(entries * 4, 16), _WARPS) * 16
         start = (warp * share).to(tl.int64)
         nbytes = tl.minimum(tl.maximum(entries * 4 - start, 0), share)
         for_experts = tl.load(context + DISPATCH_EXPERTS) + first + start
         for_weights = tl.load(context + DISPATCH_WEIGHTS) + first + start
         for_count = start * 0 + tl.load(context + DISPATCH_COUNTS) + source * 4
-        _put(context, for_experts, for_experts, nbytes, peers, nbytes > 0)
-        _put(context, for_weights, for_weights, nbytes, peers, nbytes > 0)
-        _put(context, for_count, for_count, nbytes * 0 + 4, peers, warp == 0)
+        _put(context, for_experts, for_experts, nbytes, peer, nbytes > 0)
+        _put(context, for_weights, for_weights, nbytes, peer, nbytes > 0)
+        _put(context, for_count, for_count, 4, peer, warp == 0)
         _quiet()
 
 
@@ -183,38 +183,36 @@ def _put_rows(
     context, ticket, experts, order, entries,
     STRIDE: tl.constexpr, NBYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, TOP_K: tl.constexpr,
     NUM_LOCAL_EXPERTS: tl.constexpr, PLANE: tl.constexpr, PACED: tl.constexpr,
-    WARPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     if is_alive(context):
         first_row = tl.load(ticket + TICKET_FIRST_ROW + PLANE) + tl.load(context + RANK) * tl.load(context + MAX_TOKENS)
         total = tl.load(entries)
-        for start in range(tl.program_id(0) * WARPS, total, tl.num_programs(0) * WARPS):
-            place = start + _of_warp(WARPS, LANES)
+        for start in range(tl.program_id(0) * _WARPS, total, tl.num_programs(0) * _WARPS):
+            place = start + _warp_of_thread()
             in_range = place < total
             entry = tl.load(order + place, mask=in_range, other=0)
             peer = tl.load(experts + entry, mask=in_range, other=0) // NUM_LOCAL_EXPERTS
             wanted = in_range & _is_put(context, peer)
             row = first_row + entry // TOP_K
             at = tl.load(context + DISPATCH_ROWS) + row * STRIDE
-            _put(context, at, at, row * 0 + NBYTES, peer, wanted)
+            _put(context, at, at, NBYTES, peer, wanted)
             if SCALE_BYTES > 0:
                 at = tl.load(context + DISPATCH_SCALES) + row * SCALE_BYTES
-                _put(context, at, at, row * 0 + SCALE_BYTES, peer, wanted)
+                _put(context, at, at, SCALE_BYTES, peer, wanted)
             if PACED:
-                pace(context, tl.sum(wanted.to(tl.int64), axis=0) // LANES * (NBYTES + SCALE_BYTES))
+                pace(context, tl.sum(wanted.to(tl.int64), axis=0) // _LANES * (NBYTES + SCALE_BYTES))
         _quiet()
 
 
 @Kernel
 @triton.jit(do_not_specialize=["rows"])
 def _put_sums(
-    context, ticket, turns, rows, NBYTES: tl.constexpr, TOP_K: tl.constexpr, PACED: tl.constexpr,
-    WARPS: tl.constexpr, LANES: tl.constexpr,
+    context, ticket, turns, rows, NBYTES: tl.constexpr, TOP_K: tl.constexpr, PACED: tl.constexpr
 ):  # fmt: skip
     if is_alive(context):
         slot, max_tokens = slot_of(context, ticket), tl.load(context + MAX_TOKENS)
-        for start in range(tl.program_id(0) * WARPS, rows, tl.num_programs(0) * WARPS):
-            row = start + _of_warp(WARPS, LANES)
+        for start in range(tl.program_id(0) * _WARPS, rows, tl.num_programs(0) * _WARPS):
+            row = start + _warp_of_thread()
             in_range = row < rows
             turn = tl.load(turns + row, mask=in_range, other=-1)
             owner = tl.where(in_range, row // max_tokens, 0)
@@ -222,9 +220,9 @@ def _put_sums(
             place = (slot * max_tokens + row % max_tokens) * TOP_K + turn
             target = tl.load(context + COMBINE_ROWS) + place * NBYTES
             source = tl.load(context + COMBINE_STAGED_ROWS) + (slot * rows + row) * NBYTES
-            _put(context, target, source, place * 0 + NBYTES, owner, wanted)
+            _put(context, target, source, NBYTES, owner, wanted)
             if PACED:
-                pace(context, tl.sum(wanted.to(tl.int64), axis=0) // LANES * NBYTES)
+                pace(context, tl.sum(wanted.to(tl.int64), axis=0) // _LANES * NBYTES)
         _quiet()
 
 
@@ -261,8 +259,7 @@ def signal(round_: Round, flags: tl.constexpr, plane: int) -> None:
 def put_routing(round_: Round, entries: int, top_k: int) -> None:
     """Put this rank's routing, as its own slot has it."""
     _put_routing[(round_.world,)](
-        round_.context, round_.ticket, entries, TOP_K=top_k, WARPS=WARPS, LANES=LANES, num_warps=WARPS,
-        **_launch(round_),
+        round_.context, round_.ticket, entries, TOP_K=top_k, num_warps=WARPS, **_launch(round_)
     )  # fmt: skip
 
 
@@ -275,7 +272,7 @@ def put_rows(
         round_.context, round_.ticket, experts, order, entries,
         STRIDE=stride, NBYTES=nbytes, SCALE_BYTES=scale_bytes, TOP_K=experts.shape[1],
         NUM_LOCAL_EXPERTS=num_local_experts, PLANE=plane, PACED=round_.paced,
-        WARPS=WARPS, LANES=LANES, num_warps=WARPS, **_launch(round_),
+        num_warps=WARPS, **_launch(round_),
     )  # fmt: skip
 
 
@@ -283,7 +280,7 @@ def put_sums(round_: Round, turns: Tensor, top_k: int, nbytes: int) -> None:
     """Put the staged sums of ``combine.push_sums``, rows of ``nbytes``."""
     _put_sums[(round_.programs,)](
         round_.context, round_.ticket, turns, turns.numel(), NBYTES=nbytes, TOP_K=top_k, PACED=round_.paced,
-        WARPS=WARPS, LANES=LANES, num_warps=WARPS, **_launch(round_),
+        num_warps=WARPS, **_launch(round_),
     )  # fmt: skip
 
 
