@@ -24,7 +24,7 @@ from farskip_fused.bench.shapes import Routes
 from farskip_fused.kernels import experts, experts_backward, gather_sum, layout
 from farskip_fused.kernels.layout import Layout
 from farskip_fused.local_experts import add_extras
-from farskip_fused.symmetric.interface import join
+from farskip_fused.symmetric.interface import Mark, join
 
 NCCL_WAYS = ("nccl_blocking", "nccl_streams")
 
@@ -48,7 +48,7 @@ class NcclFlight:
         self.arrived: list[Tensor] = []
         self.returned: list[Tensor] = []
         self._leaving: list[Tensor] = []
-        self._mark: torch.cuda.Event | None = None
+        self._mark: Mark | None = None
 
     def send_to_experts(self, *values: Tensor) -> None:
         """Launch [T, .] to the ranks of their experts; ``arrived`` are [R, .]."""

@@ -203,7 +203,7 @@ class PendingSum:
         self._finished = False
         with slots.memory.beside():
             all_reduce.start(self._round, rows, two_shot)
-        self._mark = slots.memory.mark()
+        self._mark = slots.memory.mark(self._round.programs)
 
     def landed(self) -> None:
         """Let this stream wait until ``start``'s kernel has run.

@@ -16,7 +16,7 @@ from farskip_fused.kernels.combine import Extras
 from farskip_fused.kernels.dispatch import Received, SendOrder
 from farskip_fused.kernels.layout import Layout
 from farskip_fused.kernels.protocol import Round
-from farskip_fused.symmetric.interface import join
+from farskip_fused.symmetric.interface import Mark, join
 from farskip_fused.symmetric.slots import Slots, Ticket
 
 
@@ -56,8 +56,8 @@ class Exchange:
         """See ``SymmetricMemory``; so ``mark``."""
         return self.slots.memory.beside()
 
-    def mark(self) -> torch.cuda.Event | None:
-        return self.slots.memory.mark()
+    def mark(self) -> Mark | None:
+        return self.slots.memory.mark(self.programs)
 
 
 class Flight:
@@ -71,7 +71,7 @@ class Flight:
         self.combined: Tensor | None = None
         # Rows that leave must stay alive until they have left, which ``mark`` marks.
         self.leaving: tuple[Tensor, ...] = ()
-        self.mark: torch.cuda.Event | None = None
+        self.mark: Mark | None = None
 
     def send(self, hidden_states: Tensor, top_k_weights: Tensor) -> None:
         """Launch the dispatch of [T, H] with its routing."""

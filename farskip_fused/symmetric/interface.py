@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from farskip_fused.errors import PeerTimeout, UsageError
 from farskip_fused.kernels import protocol
+from farskip_fused.kernels.library_gemms import leave_multiprocessors
 from farskip_fused.kernels.machine import INTERPRETED
 from farskip_fused.schedule import COMMUNICATION
 
@@ -28,10 +30,23 @@ class SymmetricBuffer(NamedTuple):
     addresses: list[int]
 
 
-def join(mark: torch.cuda.Event | None) -> None:
-    """Let this stream wait for what was marked."""
+class Mark:
+    """What the communication stream had been given when it was made, and the multiprocessors that it takes."""
+
+    def __init__(self, memory: SymmetricMemory, event: torch.cuda.Event, programs: int) -> None:
+        self.memory, self.event, self.programs = memory, event, programs
+
+    def join(self) -> None:
+        """Let this stream wait for what was marked."""
+        torch.cuda.current_stream().wait_event(self.event)
+        self.memory.travelling.discard(self)
+        self.memory.tell_libraries()
+
+
+def join(mark: Mark | None) -> None:
+    """Let this stream wait for what was marked, if anything was."""
     if mark is not None:
-        torch.cuda.current_stream().wait_event(mark)
+        mark.join()
 
 
 class SymmetricMemory(ABC):
@@ -68,6 +83,7 @@ class SymmetricMemory(ABC):
             torch.cuda.current_stream(device).synchronize()  # the context must exist before memory is mapped into it
             self.status.map_for_device()
         self.buffers: dict[Any, Any] = {}  # slots by shape, see slots.py
+        self.travelling: WeakSet[Mark] = WeakSet()  # marks that no stream has joined
 
     def _reach_by_put(self, ranks: set[int], launch: dict[str, Any]) -> None:
         """Set which ranks are reached by puts, and how kernels that put are launched; collective."""
@@ -85,9 +101,20 @@ class SymmetricMemory(ABC):
         with torch.cuda.stream(self.stream):
             yield
 
-    def mark(self) -> torch.cuda.Event | None:
-        """What the communication stream has been given so far; for ``join``."""
-        return None if self.stream is None else self.stream.record_event()
+    def mark(self, programs: int) -> Mark | None:
+        """What the communication stream has been given so far, which takes so many multiprocessors; for ``join``. Until
+        then GEMMs of libraries are made for the others."""
+        if self.stream is None:
+            return None
+        mark = Mark(self, self.stream.record_event(), programs)
+        self.travelling.add(mark)
+        self.tell_libraries()
+        return mark
+
+    def tell_libraries(self) -> None:
+        """Let libraries know how many multiprocessors the kernels between ranks take now."""
+        busy = max((mark.programs for mark in self.travelling), default=0)
+        leave_multiprocessors(busy)
 
     @abstractmethod
     def allocate(self, nbytes: int) -> SymmetricBuffer:
