@@ -4,7 +4,7 @@
 # On a machine with fewer GPUs, a rehearsal: the ranks side by side on GPU 0 under MPS. Changes no setting of the cards.
 # Needs torch with CUDA, Triton, nvshmem4py, pytest with pytest-timeout and pytest-xdist, and a compiler, memcheck
 # compute-sanitizer on the PATH; PYTHON names the interpreter (default python3). Ends within SECONDS_IN_ALL (default
-# 540): what is timed comes first, and the tests take the time that is left.
+# 540): what is timed comes first, memcheck and the tests take the time that is left.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -51,9 +51,12 @@ if wants memcheck; then
   # With two ranks: with four it takes twice as long, and says the same.
   soak="$PYTHON -m tests.symmetric.soak --world 2 --seed 1 --rounds 8 --seconds 60 --state $OUT/soak"
   part memcheck 200 sh -c "$soak-0.json && compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 \
-    --target-processes all --kernel-name-exclude kns=at6native $soak-1.json"
+    --target-processes all --kernel-name-exclude kns=at6native $soak-1.json" &
 fi
+# Nothing is timed any more: tests run beside it where ranks have a GPU each.
+((GPUS >= WORLD)) || wait
 wants check && part check 500 "$PYTHON" -m pytest -q -n $LANES -p no:cacheprovider --durations=5 -m "$MARK and not full" tests --ignore tests/engines
+wait
 
 for row in "$OUT"/*.row; do
   name=$(basename "$row" .row)

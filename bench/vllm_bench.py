@@ -1,11 +1,11 @@
 """vLLM on one GPU or several: a stock model, the stock model on our expert kernels, and the model with FarSkip wiring.
 
 Models are cut to 8 layers and have dummy weights, so that a config.json is all they need. One engine a variant, each in
-processes of its own on the same GPUs, started together and all alive at once; every point is measured in rounds, the
-variants of a round in random order with the same prompts. Each engine has logical processors of its own, since workers
-of one that has nothing to do spin for a second before they sleep. CUDA graphs are on, prefix caching is off. Several
-GPUs are tensor-parallel ranks with the experts split over them, as vLLM's --tensor-parallel-size with --enable-expert-
-parallel.
+processes of its own on the same GPUs, started together and all alive at once. A round measures every point, its
+variants in random order with the same prompts: what disturbs the host for a while is then in a few rounds of every
+point, not in all of one. Engines of several ranks have logical processors of their own, since their workers spin for a
+second before they sleep. CUDA graphs are on, prefix caching is off. Several GPUs are tensor-parallel ranks with the
+experts split over them, as vLLM's --tensor-parallel-size with --enable-expert-parallel.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ def config_of(model: str, variant: str) -> dict[str, Any]:
 def _measure_model(model: str, rounds: int, ranks: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         processors = sorted(os.sched_getaffinity(0))
-        share = max(len(processors) // len(VARIANTS), 1)
+        # One rank's engine sleeps when it has answered.
+        share = max(len(processors) // (len(VARIANTS) if ranks > 1 else 1), 1)
         engines = {
             variant: _Engine(model, variant, Path(folder), ranks, processors[at * share :][:share] or processors)
             for at, variant in enumerate(VARIANTS)
@@ -119,8 +120,7 @@ def _measure_model(model: str, rounds: int, ranks: int) -> list[dict[str, Any]]:
             for engine in engines.values():
                 engine.answer()  # it has started
             cells = []
-            for point in POINTS:
-                times = _measure(engines, point, MODELS[model]["vocab_size"], rounds)
+            for point, times in _measure(engines, MODELS[model]["vocab_size"], rounds).items():
                 variants = {name: {"ms": timing.ms, "spread_ms": timing.spread_ms} for name, timing in times.items()}
                 cells.append({"model": model, **point._asdict(), "variants": variants})
             return cells
@@ -211,19 +211,20 @@ def _serve(pipe: Any, settings: dict[str, Any], processors: list[int]) -> None:
         engine.llm_engine.engine_core.shutdown()
 
 
-def _measure(engines: dict[str, _Engine], point: Point, vocabulary: int, rounds: int) -> dict[str, Timing]:
-    """ms of a prefill, or of all decode steps together: the same request with and without them, taken off."""
+def _measure(engines: dict[str, _Engine], vocabulary: int, rounds: int) -> dict[Point, dict[str, Timing]]:
+    """ms of every prefill, or of all decode steps together: the same request with and without them, taken off."""
     draw = random.Random(0)
-    times: dict[str, list[float]] = {variant: [] for variant in engines}
+    times: dict[Point, dict[str, list[float]]] = {point: {variant: [] for variant in engines} for point in POINTS}
     for number in range(rounds + 2):  # two to warm up
-        prompts = [[draw.randrange(10, vocabulary) for _ in range(point.prompt)] for _ in range(point.batch)]
-        for variant in draw.sample(list(engines), len(engines)):
-            elapsed = engines[variant].elapsed(prompts, 1 + point.new_tokens)
-            if point.new_tokens:
-                elapsed -= engines[variant].elapsed(prompts, 1)
-            if number >= 2:
-                times[variant].append(elapsed)
-    return {variant: summarise(values) for variant, values in times.items()}
+        for point, of_variant in times.items():
+            prompts = [[draw.randrange(10, vocabulary) for _ in range(point.prompt)] for _ in range(point.batch)]
+            for variant in draw.sample(list(engines), len(engines)):
+                elapsed = engines[variant].elapsed(prompts, 1 + point.new_tokens)
+                if point.new_tokens:
+                    elapsed -= engines[variant].elapsed(prompts, 1)
+                if number >= 2:
+                    of_variant[variant].append(elapsed)
+    return {point: {name: summarise(ms) for name, ms in of_variant.items()} for point, of_variant in times.items()}
 
 
 def render(report: dict[str, Any]) -> None:
