@@ -12,7 +12,7 @@ from farskip_fused import _C
 from farskip_fused.bench.report import environment
 from farskip_fused.bench.timing import Timing, summarise
 from farskip_fused.exchange_setup import share_multiprocessors
-from farskip_fused.kernels.library_gemms import leave_multiprocessors
+from farskip_fused.kernels.library_gemms import Busy
 
 TOKENS, ROUNDS, CALLS = 4096, 30, 2
 BUSY_MICROSECONDS = 600
@@ -22,14 +22,13 @@ SHAPES = (
 )  # fmt: skip
 
 
-def measure(inputs: int, outputs: int, busy: int, told: bool) -> Timing:
-    """ms of one product of [TOKENS, inputs] beside so many busy multiprocessors."""
+def measure(inputs: int, outputs: int, busy: int, told: int) -> Timing:
+    """ms of one product of [TOKENS, inputs] beside so many busy multiprocessors, where cuBLAS is told of ``told``."""
     x = torch.randn(TOKENS, inputs, device="cuda", dtype=torch.bfloat16)
     w = torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16)
     side = torch.cuda.Stream(priority=-1)
     times = []
-    if told:
-        leave_multiprocessors(busy)
+    told_of = Busy(told)
     try:
         for _ in range(ROUNDS + 2):
             torch.cuda.synchronize()
@@ -44,7 +43,7 @@ def measure(inputs: int, outputs: int, busy: int, told: bool) -> Timing:
             torch.cuda.synchronize()
             times.append(start.elapsed_time(end) / CALLS)
     finally:
-        leave_multiprocessors(0)
+        told_of.end()
     return summarise(times[2:])
 
 
@@ -52,11 +51,10 @@ def main() -> None:
     busy, _ = share_multiprocessors(torch.device("cuda"), None)
     console = Console(highlight=False)
     console.print(" ".join(f"{name} {value}" for name, value in environment().items()))
-    table = Table(
-        "in", "out", "alone", f"beside {busy} busy", "told of them", title=f"{TOKENS} rows, bf16, µs ± spread"
-    )
+    console.print(f"products of {TOKENS} rows, bf16, µs ± spread; {busy} multiprocessors busy, cuBLAS told of {busy}")
+    table = Table("in", "out", "alone", "busy", "busy, told", "told, nothing beside")
     for inputs, outputs in SHAPES:
-        times = [measure(inputs, outputs, *way) for way in ((0, False), (busy, False), (busy, True))]
+        times = [measure(inputs, outputs, *way) for way in ((0, 0), (busy, 0), (busy, busy), (0, busy))]
         cells = (f"{time.ms * 1e3:.1f} ± {time.spread_ms * 1e3:.1f}" for time in times)
         table.add_row(str(inputs), str(outputs), *cells)
     console.print(table)

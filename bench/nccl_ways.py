@@ -58,7 +58,7 @@ class NcclFlight:
             chosen = [value.index_select(0, routes.order) for value in values]
             for into, value in zip(self.arrived, chosen, strict=True):
                 dist.all_to_all_single(into, value, routes.received, routes.sent, group=self.exchange.group)
-        self._leaving, self._mark = [*values, *chosen], self.exchange.mark()
+        self._leaving, self._mark = [*values, *chosen], self.exchange.slots.memory.mark(0)
 
     def send_to_owners(self, *values: Tensor) -> None:
         """Launch [R, .] back to the ranks of their tokens; ``returned`` are [S + 1, .], the last of no token."""
@@ -67,7 +67,7 @@ class NcclFlight:
         with self.exchange.beside():
             for into, value in zip(self.returned, values, strict=True):
                 dist.all_to_all_single(into[:-1], value, routes.sent, routes.received, group=self.exchange.group)
-        self._leaving, self._mark = list(values), self.exchange.mark()
+        self._leaving, self._mark = list(values), self.exchange.slots.memory.mark(0)
 
     def landed(self) -> None:
         """Let this stream wait for what is under way."""

@@ -110,12 +110,11 @@ def config_of(model: str, variant: str) -> dict[str, Any]:
 def _measure_model(model: str, rounds: int, ranks: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         processors = sorted(os.sched_getaffinity(0))
-        # One rank's engine sleeps when it has answered.
-        share = max(len(processors) // (len(VARIANTS) if ranks > 1 else 1), 1)
-        engines = {
-            variant: _Engine(model, variant, Path(folder), ranks, processors[at * share :][:share] or processors)
-            for at, variant in enumerate(VARIANTS)
-        }
+        share = len(processors) // len(VARIANTS)
+        engines = {}
+        for at, variant in enumerate(VARIANTS):
+            own = processors[at * share :][:share] if ranks > 1 and share else processors
+            engines[variant] = _Engine(model, variant, Path(folder), ranks, own)
         try:
             for engine in engines.values():
                 engine.answer()  # it has started

@@ -89,7 +89,8 @@ class ReduceShape:
 class AllReduce:
     """What all-reduces between the ranks of ``memory`` share; layers of one shape may share one.
 
-    max_tokens: most tokens of one call. hidden_size, dtype: of the rows; any size, bfloat16, float16 or float32.
+    max_tokens: most tokens of one call. hidden_size, dtype: of the rows; any size, bfloat16, float16 or float32, None
+        for torch's default.
     depth: all-reduces in flight, at least 2.
     num_comm_sms: multiprocessors that communication may take while others compute; None for 8 of 132.
     one_shot_bytes: largest message, in bytes of one rank's rows, that goes in one shot (``kernels/all_reduce.py``);
@@ -203,7 +204,7 @@ class PendingSum:
         self._finished = False
         with slots.memory.beside():
             all_reduce.start(self._round, rows, two_shot)
-        self._mark = slots.memory.mark(self._round.programs)
+        self._mark = slots.memory.mark(all_reduce.programs_of(self._round, rows, two_shot))
 
     def landed(self) -> None:
         """Let this stream wait until ``start``'s kernel has run.

@@ -1,7 +1,8 @@
 """The decoder layer that runs its schedule: communication of one layer is in flight while others compute.
 
 The plain definition is ``connectivity.advance``; this path performs the same additions in the same order, forward and
-backward, so that the two agree bit for bit, gradients included, when the sub-layers are deterministic.
+backward, so that the two agree bit for bit, gradients included, when the sub-layers are deterministic. On a GPU this
+needs ``SymmetricMemory.tells_libraries = False``: cuBLAS may else choose other kernels beside communication than alone.
 
 Backward needs no scheduler of its own. Of the nodes that are ready autograd runs the one made last, and as forward
 makes them in the order of ``schedule.forward_order``, backward runs in that of ``schedule.backward_order``
@@ -95,8 +96,9 @@ class OverlappedLayer(nn.Module):
 
     attention: a module that is a ``SplitAttention``. moe: set up before the first forward, its ``depth`` at least one
     more than that of the connectivity, with activation checkpointing (which must be non-reentrant) at least twice that.
-    shared_experts: a module on the MoE's normed input, or None. The first layer takes the embedding, the final norm
-    takes ``carry.full()``. Every rank must run the same layers in the same order.
+    attention_norm, moe_norm: modules, [..., H] to [..., H]. shared_experts: a module on the MoE's normed input or None.
+    connectivity: a ``Connectivity`` or its name. The first layer takes the embedding, the final norm takes
+    ``carry.full()``. Every rank must run the same layers in the same order.
     Raises TypeError for an attention without these methods, UsageError for a MoE with too few slots.
     """
 

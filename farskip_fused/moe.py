@@ -42,6 +42,7 @@ class FusedExperts(nn.Module):
     accumulate_into_main_grad: backward adds the weights' gradients to their attribute ``main_grad``, a contiguous
         floating-point tensor of their shape (the convention of Megatron and TransformerEngine), and leaves ``grad``
         as it is. Compiled, a micro-batch's backward must come before the next one's forward.
+    device, dtype: of the weights; by default those of ``ep`` and torch's default dtype.
     Parameters: w13 [E_local, 2I, H], gate rows, then up rows; w2 [E_local, H, I].
     ``setup`` must be called, on every rank, before the first ``forward``.
     Raises UsageError or TypeError for impossible sizes, and for a device that is not that of ``ep``.

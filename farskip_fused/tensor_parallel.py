@@ -31,7 +31,9 @@ class SplitMoE(nn.Module):
     """Router and this rank's share of the experts; its output is this rank's part of a sum over ranks.
 
     hidden_size, intermediate_size, num_experts, top_k: of the whole layer; ``num_experts`` is a multiple of the world
-        size, rank r holds experts [r * E_local, (r + 1) * E_local). routing_options: of ``Router``.
+        size, rank r holds experts [r * E_local, (r + 1) * E_local).
+    memory: among the ranks that split it. dtype: of the weights, None for torch's default. routing_options: of
+        ``Router``.
     Parameters: gate.weight [E, H], the same at every rank; w13 [E_local, 2I, H], gate rows, then up rows;
         w2 [E_local, H, I]; on the device of ``memory``.
     Raises UsageError or TypeError for impossible sizes.
@@ -80,6 +82,8 @@ class SplitMoE(nn.Module):
 class SplitMLP(nn.Module):
     """A SwiGLU MLP, such as shared experts, with this rank's share of the intermediate size.
 
+    hidden_size, intermediate_size: of the whole MLP. memory: among the ranks that split it. dtype: of the weights, None
+        for torch's default.
     Parameters: gate_up.weight [2 I / W, H], the rank's gate rows, then its up rows; down.weight [H, I / W].
     Raises UsageError if the intermediate size does not divide over the ranks.
     """
@@ -161,7 +165,8 @@ class TensorParallelLayer(nn.Module):
     all_reduce: set up, of depth 2 or more; the layers of a model may share one.
     connectivity: farskip or standard. next_reads_partial: give True to a layer of standard connectivity with shared
         experts, or a dense one, that comes before one of FarSkip's; its shared experts get an all-reduce of their own.
-    blocking: wait for each all-reduce where it is launched; the results are the same.
+    blocking: wait for each all-reduce where it is launched; the results are the same, up to cuBLAS's choice of kernels
+        beside one (``SymmetricMemory.tells_libraries``).
     The first layer takes the embedding [..., H], each other one the ``ReducedCarry`` before it, which it uses up; the
     final norm takes ``carry.full()``. Every rank must run the same layers in the same order, under torch.no_grad().
     Raises TypeError for an attention or MoE without these methods, UsageError for another connectivity.

@@ -49,7 +49,7 @@ class TokenExchange:
     """What rounds of dispatch and combine between the ranks of ``ep`` share; layers of one shape may share one.
 
     hidden_size, num_experts, top_k, dtype: of the rows and their routing; ``num_experts`` is a multiple of the world
-        size, rank r holds experts [r * E_local, (r + 1) * E_local).
+        size, rank r holds experts [r * E_local, (r + 1) * E_local); dtype None for torch's default.
     max_tokens: most tokens that this rank, and any other, sends in one round.
     depth: rounds in flight, at least 2.
     options: how rows travel. ``combine`` is "presummed" whatever it says; ``keep_received`` must stay True, as received
@@ -335,7 +335,7 @@ def combine_wait(
 
     shared, residual: [T, H] of the exchange's dtype, added in the same kernel, in that order.
     norm_weight: [H] of the RMSNorm that comes next, of the exchange's dtype. With it the result is a pair, the sum and
-        the same normed, in the same kernel; for inference alone.
+        the same normed, in the same kernel; for inference alone. norm_epsilon: of that norm.
     Raises RuntimeError out of turn and for a norm where a gradient is needed, TypeError for a wrong dtype, UsageError
     for a wrong shape or device.
     """

@@ -313,7 +313,7 @@ def _constants(round_: ReduceRound, hidden: int, itemsize: int, two_shot: bool) 
     }  # fmt: skip
 
 
-def _programs(round_: ReduceRound, rows: Tensor, two_shot: bool) -> int:
+def programs_of(round_: ReduceRound, rows: Tensor, two_shot: bool) -> int:
     """How many share the rows; the same at every rank, since each flag is one program's."""
     units = rows.numel() // unit_of(rows.shape[1], rows.itemsize)
     part = ceil_div(units, round_.world) if two_shot else units
@@ -325,7 +325,7 @@ def start(round_: ReduceRound, rows: Tensor, two_shot: bool) -> None:
 
     T is the same at every rank. Launches of one context must follow one another on one stream.
     """
-    _start_reduce[(_programs(round_, rows, two_shot),)](
+    _start_reduce[(programs_of(round_, rows, two_shot),)](
         round_.context, round_.ticket, rows, rows.shape[0], round_.source_units,
         **_constants(round_, rows.shape[1], rows.itemsize, two_shot), **SUMMED_IN_START,
         PACED=round_.paced, COPIED=COPIED_AT_ONCE,
@@ -338,7 +338,7 @@ def finish(round_: ReduceRound, rows: Tensor, residual: Tensor | None, two_shot:
     rows: those of ``start``. residual: [T, H] of their dtype. result: [T, H], may be the rows; gets the same bits at
     every rank where the residual is the same; NaN once the context has failed.
     """
-    programs = _programs(round_, rows, two_shot)
+    programs = programs_of(round_, rows, two_shot)
     units = rows.numel() // unit_of(rows.shape[1], rows.itemsize)
     pieces = min(
         max(ceil_div(units, programs * SUMMED_IN_FINISH["SUMMED"]), 1), max(round_.finish_programs // programs, 1)

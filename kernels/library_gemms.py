@@ -1,8 +1,8 @@
 """What cuBLAS, which computes the dense layers, is told of our kernels on other streams.
 
-A GEMM made for all multiprocessors has as many tiles as they take in one wave, or in a whole number of them. With a few
-of them busy it needs one wave more: 1.3 to 1.9 times as long beside 8 busy of 132, where a GEMM that cuBLAS has chosen
-for 124 takes at most 1.1 times as long as one on the whole GPU, mostly (shapes are in bench/NOTES.md).
+cuBLAS chooses tiles that fill all multiprocessors in whole waves, or nearly. With a few busy such a GEMM needs a wave
+more: 1.4 to 2 times as long beside 8 busy of 132. Chosen for 124 it takes 1.02 to 1.08 times as long as alone in three
+of four shapes and 1.3 in the fourth, and 1.02 to 1.16 times where nothing runs beside it (bench/NOTES.md).
 
 Source: ``cublasSetSmCountTarget`` in NVIDIA's cuBLAS documentation. Torch's own setting for this,
 ``torch._C._set_sm_carveout_experimental``, changes nothing for a plain ``linear`` (torch 2.11).
@@ -12,25 +12,50 @@ from __future__ import annotations
 
 import ctypes
 import os
+import warnings
+from collections import defaultdict
 from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
 
-def leave_multiprocessors(count: int) -> None:
-    """Let the GEMMs that this thread launches on its device from now on be made for all multiprocessors but ``count``.
+class Busy:
+    """Multiprocessors that are not left, until ``end``, to the GEMMs that this thread launches on its device.
 
     cuBLAS may then choose another kernel, which adds in another order. GEMMs with a bias, which torch gives to
-    cublasLt, are not told.
+    cublasLt, are not told. Of several at once the largest counts: kernels between the ranks of one memory follow each
+    other on one stream.
     """
-    set_target = _sm_count_setter()
-    if set_target is None:
-        return
-    target = _multiprocessors(torch.cuda.current_device()) - count if count else 0
-    # A handle belongs to a device and a thread: autograd's has one of its own.
-    if status := set_target(torch.cuda.current_blas_handle(), target):
-        raise RuntimeError(f"cublasSetSmCountTarget for {target} multiprocessors failed with status {status}.")
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        # It belongs to a device and a thread: autograd's has one of its own.
+        self._handle = torch.cuda.current_blas_handle()
+        self._available = _multiprocessors(torch.cuda.current_device())
+        _all_busy[self._handle].add(self)
+        self._tell()
+
+    def end(self) -> None:
+        _all_busy[self._handle].discard(self)
+        self._tell()
+
+    def _tell(self) -> None:
+        set_target = _sm_count_setter()
+        count = max((busy.count for busy in _all_busy[self._handle]), default=0)
+        target = self._available - count if count else 0
+        if set_target is None or _told.get(self._handle, 0) == target:
+            return
+        _told[self._handle] = target
+        if status := set_target(self._handle, target):
+            what = f"cublasSetSmCountTarget for {target} multiprocessors failed with status {status}."
+            warnings.warn(what, stacklevel=2)
+
+
+# By handle; torch never destroys one, and gives that of a thread that has ended to another.
+_all_busy: defaultdict[int, WeakSet[Busy]] = defaultdict(WeakSet)
+_told: dict[int, int] = {}
 
 
 @cache
@@ -41,8 +66,8 @@ def _multiprocessors(device: int) -> int:
 
 @cache
 def _sm_count_setter() -> Any:
-    """Of the cuBLAS that torch has loaded, whose handles another copy would not know; None if it is not a library of
-    its own."""
+    """``cublasSetSmCountTarget`` of the cuBLAS that torch has loaded, as another copy would not know torch's handles;
+    None where torch has no cuBLAS as a library of its own."""
     if torch.version.cuda is None:
         return None
     try:

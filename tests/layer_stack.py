@@ -42,6 +42,8 @@ def make_stack(
 ):  # fmt: skip
     """A layer for each connectivity. depth: of the slots; by default enough for activation checkpointing."""
     torch.manual_seed(0)
+    if memory is not None:
+        memory.tells_libraries = False  # linear layers give the same bits with and without communication beside them
     layers = nn.ModuleList()
     depth = depth or max(2, *(2 * each.depth for each in connectivities))
     for connectivity in connectivities:

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from farskip_fused.errors import PeerTimeout, UsageError
 from farskip_fused.kernels import protocol
-from farskip_fused.kernels.library_gemms import leave_multiprocessors
+from farskip_fused.kernels.library_gemms import Busy
 from farskip_fused.kernels.machine import INTERPRETED
 from farskip_fused.schedule import COMMUNICATION
 
@@ -31,16 +30,16 @@ class SymmetricBuffer(NamedTuple):
 
 
 class Mark:
-    """What the communication stream had been given when it was made, and the multiprocessors that it takes."""
+    """What the communication stream had been given up to some moment."""
 
-    def __init__(self, memory: SymmetricMemory, event: torch.cuda.Event, programs: int) -> None:
-        self.memory, self.event, self.programs = memory, event, programs
+    def __init__(self, event: torch.cuda.Event, busy: Busy | None) -> None:
+        self._event, self._busy = event, busy
 
     def join(self) -> None:
-        """Let this stream wait for what was marked."""
-        torch.cuda.current_stream().wait_event(self.event)
-        self.memory.travelling.discard(self)
-        self.memory.tell_libraries()
+        """Let this stream wait for it."""
+        torch.cuda.current_stream().wait_event(self._event)
+        if self._busy is not None:
+            self._busy.end()
 
 
 def join(mark: Mark | None) -> None:
@@ -57,6 +56,8 @@ class SymmetricMemory(ABC):
     stream: where communication is launched, None on CPU.
     put_to: ranks that this one reaches by puts instead of by load and store. by_put: whether any rank has such peers.
     puts: how kernels that put are launched, None where there is nothing to put.
+    tells_libraries: whether cuBLAS is told of the multiprocessors that communication takes. It may then choose kernels
+        that add in another order; set False for dense layers with the same bits whatever runs beside them.
     link_rate: bytes a microsecond to which stores to peers are paced, so that ranks of one GPU see a slower link; for
         benchmarks alone, set before the first layer is set up. None for as fast as they go.
     """
@@ -74,6 +75,7 @@ class SymmetricMemory(ABC):
         self.rank, self.world, self.device, self.timeout = rank, world, device, timeout
         self.status = StatusBlock()
         self.stream: torch.cuda.Stream | None = None
+        self.tells_libraries = True
         self.link_rate: int | None = None
         self.put_to: frozenset[int] = frozenset()
         self.by_put = False
@@ -83,7 +85,6 @@ class SymmetricMemory(ABC):
             torch.cuda.current_stream(device).synchronize()  # the context must exist before memory is mapped into it
             self.status.map_for_device()
         self.buffers: dict[Any, Any] = {}  # slots by shape, see slots.py
-        self.travelling: WeakSet[Mark] = WeakSet()  # marks that no stream has joined
 
     def _reach_by_put(self, ranks: set[int], launch: dict[str, Any]) -> None:
         """Set which ranks are reached by puts, and how kernels that put are launched; collective."""
@@ -102,19 +103,11 @@ class SymmetricMemory(ABC):
             yield
 
     def mark(self, programs: int) -> Mark | None:
-        """What the communication stream has been given so far, which takes so many multiprocessors; for ``join``. Until
-        then GEMMs of libraries are made for the others."""
+        """What the communication stream has been given so far, which takes so many multiprocessors; for ``join``, until
+        which cuBLAS is told of them."""
         if self.stream is None:
             return None
-        mark = Mark(self, self.stream.record_event(), programs)
-        self.travelling.add(mark)
-        self.tell_libraries()
-        return mark
-
-    def tell_libraries(self) -> None:
-        """Let libraries know how many multiprocessors the kernels between ranks take now."""
-        busy = max((mark.programs for mark in self.travelling), default=0)
-        leave_multiprocessors(busy)
+        return Mark(self.stream.record_event(), Busy(programs) if programs and self.tells_libraries else None)
 
     @abstractmethod
     def allocate(self, nbytes: int) -> SymmetricBuffer:

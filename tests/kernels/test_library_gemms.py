@@ -6,70 +6,127 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import farskip_fused as ff
 from farskip_fused.kernels import library_gemms
-from farskip_fused.symmetric import interface
+from farskip_fused.kernels.library_gemms import Busy
+from farskip_fused.launch import run_ranks
 from farskip_fused.symmetric.interface import join
 from farskip_fused.symmetric.local import LocalMemory
+from tests.layer_stack import CONNECTIVITIES, make_stack, outcome, random_problem, run_schedule
+from tests.numerics import assert_close
 
 
 @pytest.fixture
-def memory(monkeypatch):
-    """On CPU, with a stand-in for the communication stream; ``memory.told`` lists what libraries were told."""
+def told(monkeypatch):
+    """(handle, target) of each call of a cuBLAS that is not there; ``told.handle`` is this thread's."""
+
+    class Told(list):
+        handle = 1
+
+    told = Told()
+    monkeypatch.setattr(library_gemms, "_sm_count_setter", lambda: lambda *call: told.append(call))
+    monkeypatch.setattr(library_gemms, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: told.handle)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(wait_event=lambda event: None))
+    library_gemms._told.clear()
+    return told
+
+
+@pytest.fixture
+def memory(told):
+    """On CPU, with a stand-in for the communication stream."""
     memory = LocalMemory(torch.device("cpu"), timeout=60.0)
     memory.stream = SimpleNamespace(record_event=object)
-    memory.told = []
-    monkeypatch.setattr(interface, "leave_multiprocessors", memory.told.append)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(wait_event=lambda event: None))
     return memory
 
 
-def test_gemms_of_libraries_leave_multiprocessors_until_all_that_travels_is_joined(memory):
-    few, many = memory.mark(2), memory.mark(8)
+def test_gemms_leave_multiprocessors_until_all_that_travels_is_joined(memory, told):
+    few, many, more = memory.mark(2), memory.mark(8), memory.mark(8)
     join(many)
+    join(more)
     join(few)
-    assert memory.told == [2, 8, 2, 0]
+    assert told == [(1, 130), (1, 124), (1, 130), (1, 0)]
 
 
-def test_what_nobody_will_join_any_more_takes_no_multiprocessors(memory):
+def test_another_memory_does_not_end_what_one_has_under_way(memory, told):
+    first, second = memory.mark(8), LocalMemory(torch.device("cpu"), timeout=60.0)
+    second.stream = memory.stream
+    join(second.mark(2))
+    assert told == [(1, 124)]
+    join(first)
+    assert told == [(1, 124), (1, 0)]
+
+
+def test_what_another_thread_joins_ends_where_it_began(memory, told):
+    mark = memory.mark(8)
+    told.handle = 2
+    join(mark)
+    assert told == [(1, 124), (1, 0)]
+
+
+def test_what_nobody_will_join_any_more_takes_no_multiprocessors(memory, told):
     mark = memory.mark(8)
     del mark
     gc.collect()
     memory.mark(2)
-    assert memory.told == [8, 2]
+    assert told == [(1, 124), (1, 130)]
 
 
-def test_without_a_cublas_of_its_own_nothing_is_told(monkeypatch):
-    monkeypatch.setattr(library_gemms, "_sm_count_setter", lambda: None)
-    monkeypatch.setattr(torch.cuda, "current_blas_handle", None)
-    library_gemms.leave_multiprocessors(8)
+def test_a_memory_that_does_not_tell_leaves_cublas_alone(memory, told):
+    memory.tells_libraries = False
+    join(memory.mark(8))
+    assert told == []
 
 
-def test_a_status_of_cublas_is_an_error(monkeypatch):
+def test_a_failure_of_cublas_is_a_warning(told, monkeypatch):
     monkeypatch.setattr(library_gemms, "_sm_count_setter", lambda: lambda handle, target: 7)
-    monkeypatch.setattr(library_gemms, "_multiprocessors", lambda device: 132)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: 1)
-    with pytest.raises(RuntimeError, match="124 multiprocessors failed with status 7"):
-        library_gemms.leave_multiprocessors(8)
+    with pytest.warns(UserWarning, match="124 multiprocessors failed with status 7"):
+        Busy(8)
+
+
+def test_without_a_cublas_of_its_own_there_is_nothing_to_tell(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "99.0")
+    assert library_gemms._sm_count_setter.__wrapped__() is None
 
 
 @pytest.mark.gpu
 def test_cublas_makes_gemms_of_this_thread_for_the_multiprocessors_that_are_left():
     available = torch.cuda.get_device_properties(0).multi_processor_count
-    x, w = torch.randn(2, 4096, 4096, device="cuda", dtype=torch.bfloat16).unbind()
-    expected = torch.nn.functional.linear(x, w)
+    x, w = torch.randn(2, 512, 512, device="cuda", dtype=torch.bfloat16).unbind()
     elsewhere = []
-    library_gemms.leave_multiprocessors(8)
+    busy = Busy(8)
     try:
         assert target() == available - 8
-        torch.testing.assert_close(torch.nn.functional.linear(x, w), expected)
+        assert_close(torch.nn.functional.linear(x, w), x.float() @ w.float().T, torch.bfloat16)
         thread = Thread(target=lambda: elsewhere.append(target()))
         thread.start()
         thread.join(60)
     finally:
-        library_gemms.leave_multiprocessors(0)
+        busy.end()
     assert target() == 0
     assert elsewhere == [0]
+
+
+@pytest.mark.rung4
+def test_after_a_pass_forward_and_backward_cublas_has_all_multiprocessors():
+    assert run_ranks(targets_of_a_pass, 2, device="cuda", limit=240) == [(0, 0)] * 2
+
+
+def targets_of_a_pass(memory: ff.SymmetricMemory) -> tuple[int, int]:
+    """What cuBLAS is told of last, in this thread and in autograd's."""
+    layers = make_stack([CONNECTIVITIES["farskip"]] * 2, True, memory, memory.device)
+    memory.tells_libraries = True
+    embedding, gradient = random_problem(memory.device)
+    in_backward = []
+
+    def run(layers, inputs):
+        inputs.register_hook(lambda gradient: in_backward.append(target()))
+        return run_schedule(layers, inputs)
+
+    outcome(run, layers, embedding, gradient)
+    memory.synchronize()
+    return target(), in_backward[0]
 
 
 def target() -> int:

@@ -1,18 +1,30 @@
-"""The figures in docs/ are those that the commands print today."""
+"""The figures in docs/ are those that the commands print today, and the commands run."""
 
+import re
 from pathlib import Path
 from statistics import median
 
 import pytest
+from typer.testing import CliRunner
 
 from farskip_fused.bench import open_questions, plan_accuracy
 from farskip_fused.bench.result_files import find
+from farskip_fused.cli import app
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
 def between(document, name):
     return (DOCS / document).read_text().split(f"<!-- {name} -->\n")[1].split(f"\n<!-- end of {name} -->")[0]
+
+
+def test_the_first_command_of_the_guide_and_its_script_run():
+    guide = (DOCS / "planning.md").read_text()
+    command = re.search(r"^farskip (plan .*?)\s*#", guide, re.MULTILINE)[1]
+    assert CliRunner().invoke(app, command.split()).exit_code == 0
+    found = {}
+    exec(re.search(r"```python\n(.*?)```", guide, re.DOTALL)[1], found)
+    assert found["prediction"].speedup > 1
 
 
 def test_the_accuracy_table_is_what_the_command_prints():
