@@ -16,7 +16,6 @@ import warnings
 from collections import defaultdict
 from functools import cache
 from typing import Any
-from weakref import WeakSet
 
 import torch
 
@@ -29,32 +28,37 @@ class Busy:
     other on one stream.
     """
 
+    _count = 0
+
     def __init__(self, count: int) -> None:
-        self.count = count
         # It belongs to a device and a thread: autograd's has one of its own.
         self._handle = torch.cuda.current_blas_handle()
         self._available = _multiprocessors(torch.cuda.current_device())
-        _all_busy[self._handle].add(self)
+        self._count = count
+        _busy[self._handle].append(count)
         self._tell()
 
     def end(self) -> None:
-        _all_busy[self._handle].discard(self)
-        self._tell()
+        if self._count:
+            _busy[self._handle].remove(self._count)
+            self._count = 0
+            self._tell()
+
+    __del__ = end  # nobody waits any more for what was under way when something failed
 
     def _tell(self) -> None:
         set_target = _sm_count_setter()
-        count = max((busy.count for busy in _all_busy[self._handle]), default=0)
+        count = max(_busy[self._handle], default=0)
         target = self._available - count if count else 0
         if set_target is None or _told.get(self._handle, 0) == target:
             return
         _told[self._handle] = target
         if status := set_target(self._handle, target):
-            what = f"cublasSetSmCountTarget for {target} multiprocessors failed with status {status}."
-            warnings.warn(what, stacklevel=2)
+            warnings.warn(f"cublasSetSmCountTarget({target}) failed with status {status}.", stacklevel=2)
 
 
 # By handle; torch never destroys one, and gives that of a thread that has ended to another.
-_all_busy: defaultdict[int, WeakSet[Busy]] = defaultdict(WeakSet)
+_busy: defaultdict[int, list[int]] = defaultdict(list)
 _told: dict[int, int] = {}
 
 
