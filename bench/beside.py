@@ -5,11 +5,10 @@ that keeps as many multiprocessors busy as communication takes; told of it and n
 from __future__ import annotations
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from farskip_fused import _C
-from farskip_fused.bench.report import environment
+from farskip_fused.bench.report import environment, open_console
 from farskip_fused.bench.timing import Timing, summarise
 from farskip_fused.exchange_setup import share_multiprocessors
 from farskip_fused.kernels.library_gemms import Busy
@@ -49,8 +48,7 @@ def measure(inputs: int, outputs: int, busy: int, told: int) -> Timing:
 
 def main() -> None:
     busy, _ = share_multiprocessors(torch.device("cuda"), None)
-    console = Console(highlight=False)
-    console.print(" ".join(f"{name} {value}" for name, value in environment().items()))
+    console = open_console({"environment": environment()})
     console.print(f"products of {TOKENS} rows, bf16, µs ± spread; {busy} multiprocessors busy, cuBLAS told of {busy}")
     table = Table("in", "out", "alone", "busy", "busy, told", "told, nothing beside")
     for inputs, outputs in SHAPES:

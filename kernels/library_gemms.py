@@ -14,6 +14,7 @@ import ctypes
 import os
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -28,38 +29,37 @@ class Busy:
     other on one stream.
     """
 
-    _count = 0
+    _count: int | None = None  # once it has ended, too
 
     def __init__(self, count: int) -> None:
         # It belongs to a device and a thread: autograd's has one of its own.
         self._handle = torch.cuda.current_blas_handle()
         self._available = _multiprocessors(torch.cuda.current_device())
         self._count = count
-        _busy[self._handle].append(count)
-        self._tell()
+        self._change(_busy[self._handle].append, count)
 
     def end(self) -> None:
-        if self._count:
-            _busy[self._handle].remove(self._count)
-            self._count = 0
-            self._tell()
+        if self._count is not None:
+            count, self._count = self._count, None
+            self._change(_busy[self._handle].remove, count)
 
     __del__ = end  # nobody waits any more for what was under way when something failed
 
-    def _tell(self) -> None:
+    def _change(self, change: Callable[[int], None], count: int) -> None:
+        """Change the counts of this handle, and tell cuBLAS if that changes the largest."""
+        before = max(_busy[self._handle], default=0)
+        change(count)
+        now = max(_busy[self._handle], default=0)
         set_target = _sm_count_setter()
-        count = max(_busy[self._handle], default=0)
-        target = self._available - count if count else 0
-        if set_target is None or _told.get(self._handle, 0) == target:
+        if set_target is None or now == before:
             return
-        _told[self._handle] = target
+        target = self._available - now if now else 0
         if status := set_target(self._handle, target):
             warnings.warn(f"cublasSetSmCountTarget({target}) failed with status {status}.", stacklevel=2)
 
 
-# By handle; torch never destroys one, and gives that of a thread that has ended to another.
+# Counts by handle; torch never destroys one, and gives that of a thread that has ended to another.
 _busy: defaultdict[int, list[int]] = defaultdict(list)
-_told: dict[int, int] = {}
 
 
 @cache

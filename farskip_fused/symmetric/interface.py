@@ -29,23 +29,19 @@ class SymmetricBuffer(NamedTuple):
     addresses: list[int]
 
 
-class Mark:
-    """What the communication stream had been given up to some moment."""
+class Mark(NamedTuple):
+    """What the communication stream had been given up to some moment, and what cuBLAS is told until it is joined."""
 
-    def __init__(self, event: torch.cuda.Event, busy: Busy | None) -> None:
-        self._event, self._busy = event, busy
-
-    def join(self) -> None:
-        """Let this stream wait for it."""
-        torch.cuda.current_stream().wait_event(self._event)
-        if self._busy is not None:
-            self._busy.end()
+    event: torch.cuda.Event
+    busy: Busy | None
 
 
 def join(mark: Mark | None) -> None:
     """Let this stream wait for what was marked, if anything was."""
     if mark is not None:
-        mark.join()
+        torch.cuda.current_stream().wait_event(mark.event)
+        if mark.busy is not None:
+            mark.busy.end()
 
 
 class SymmetricMemory(ABC):

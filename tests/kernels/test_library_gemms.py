@@ -28,7 +28,6 @@ def told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: told.handle)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(wait_event=lambda event: None))
-    library_gemms._told.clear()
     library_gemms._busy.clear()
     return told
 
