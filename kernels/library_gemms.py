@@ -14,7 +14,6 @@ import ctypes
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -35,26 +34,26 @@ class Busy:
         # It belongs to a device and a thread: autograd's has one of its own.
         self._handle = torch.cuda.current_blas_handle()
         self._available = _multiprocessors(torch.cuda.current_device())
-        self._count = count
-        self._change(_busy[self._handle].append, count)
+        self._all, self._count = _busy[self._handle], count
+        largest = max(self._all, default=0)
+        self._all.append(count)
+        if count > largest:
+            self._tell(count)
 
     def end(self) -> None:
-        if self._count is not None:
-            count, self._count = self._count, None
-            self._change(_busy[self._handle].remove, count)
+        if self._count is None:
+            return
+        count, self._count = self._count, None
+        self._all.remove(count)
+        largest = max(self._all, default=0)
+        if count > largest:
+            self._tell(largest)
 
     __del__ = end  # nobody waits any more for what was under way when something failed
 
-    def _change(self, change: Callable[[int], None], count: int) -> None:
-        """Change the counts of this handle, and tell cuBLAS if that changes the largest."""
-        before = max(_busy[self._handle], default=0)
-        change(count)
-        now = max(_busy[self._handle], default=0)
-        set_target = _sm_count_setter()
-        if set_target is None or now == before:
-            return
-        target = self._available - now if now else 0
-        if status := set_target(self._handle, target):
+    def _tell(self, count: int) -> None:
+        target, set_target = self._available - count if count else 0, _sm_count_setter()
+        if set_target is not None and (status := set_target(self._handle, target)):
             warnings.warn(f"cublasSetSmCountTarget({target}) failed with status {status}.", stacklevel=2)
 
 
