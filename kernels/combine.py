@@ -41,6 +41,7 @@ from .protocol import (
     wait_arrival,
     wait_credit,
 )
+from .put import put_staged_sums, quiet
 
 BLOCK_TOKENS = 128 if INTERPRETED else 1
 BLOCK_HIDDEN = 128 if INTERPRETED else 1024
@@ -94,7 +95,7 @@ def _find_turns(
 @triton.jit(do_not_specialize=["rows", "rows_in_turn"])
 def _push_sums(
     context, ticket, values, places, weights, turns, rows, rows_in_turn,
-    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, TERMS: tl.constexpr, PACED: tl.constexpr,
+    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, TERMS: tl.constexpr, PACED: tl.constexpr, PUTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """A block of rows at a time, each in the hands of one warp."""
@@ -141,7 +142,7 @@ def _push_sums(
                 staged = own + tl.load(context + COMBINE_STAGED_ROWS) + (slot * rows + row) * NBYTES
                 target = pointers_at(tl.where(base == 0, staged, there), NBYTES, values.dtype.element_ty)
                 if PACED:
-                    sent = tl.sum((here & (owner != rank) & (base != 0)).to(tl.int32))
+                    sent = tl.sum((here & (owner != rank)).to(tl.int32))
                 for column_start in range(0, HIDDEN, CHUNKS * CHUNK):
                     totals = ()
                     for _ in tl.static_range(CHUNKS):
@@ -166,8 +167,12 @@ def _push_sums(
                         mask = here[:, None] & (column < HIDDEN)[None, :]
                         total = totals[chunk].to(values.dtype.element_ty)  # type: ignore[misc, var-annotated]
                         tl.store(target[:, None] + column[None, :], total, mask=mask)
+                if PUTS:
+                    put_staged_sums(context, turns, slot, start, rows, NBYTES, TOP_K, BLOCK_ROWS)
                 if PACED:
                     pace(context, sent * NBYTES)
+        if PUTS:
+            quiet()
 
 
 @Kernel
@@ -328,11 +333,9 @@ def push_sums(round_: Round, values: Tensor, places: Tensor, weights: Tensor | N
     blocks_in_turn = max(min(rows // (round_.programs * ROWS_AT_ONCE), 4), 1)
     _push_sums[(round_.programs,)](
         round_.context, round_.ticket, values, places, weights, turns, rows, blocks_in_turn * ROWS_AT_ONCE,
-        HIDDEN=hidden, TOP_K=top_k, TERMS=terms, PACED=round_.paced,
-        BLOCK_ROWS=ROWS_AT_ONCE, CHUNK=chunk, CHUNKS=chunks, num_warps=WARPS,
+        HIDDEN=hidden, TOP_K=top_k, TERMS=terms, PACED=round_.paced, PUTS=round_.puts is not None,
+        BLOCK_ROWS=ROWS_AT_ONCE, CHUNK=chunk, CHUNKS=chunks, num_warps=WARPS, **(round_.puts or {}),
     )  # fmt: skip
-    if round_.puts is not None:
-        put.put_sums(round_, turns, top_k, hidden * values.itemsize)
 
 
 def _loads_at_once(chunks: int, most: int) -> int:

@@ -58,6 +58,7 @@ from .protocol import (
     wait_arrival,
     wait_credit,
 )
+from .put import put_staged_rows, quiet
 
 SCALE_COLUMNS = 128  # columns of an fp8 row that share a scale
 FP8_LARGEST = 448.0  # of e4m3
@@ -144,12 +145,13 @@ def _push_routing(
 def _push_rows(
     context, ticket, rows, experts, order, entries,
     HIDDEN: tl.constexpr, TOP_K: tl.constexpr, NUM_LOCAL_EXPERTS: tl.constexpr,
-    PLANE: tl.constexpr, FP8: tl.constexpr, PACED: tl.constexpr, ANNOUNCED: tl.constexpr,
+    PLANE: tl.constexpr, FP8: tl.constexpr, PACED: tl.constexpr, PUTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, FLAG_BATCHES: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Groups of batches of rows, each row in the hands of one warp, and then the group's flags.
 
-    ANNOUNCED: the last program to finish says that all rows are there.
+    PUTS: rows for peers that no store reaches are staged and put, a batch at a time. Without any, the last program to
+    finish says that all rows are there.
     """
     if is_alive(context):
         rank = tl.load(context + RANK)
@@ -160,6 +162,8 @@ def _push_rows(
         # A slot has room for wide rows; narrow ones start where those would, or the slots of two rounds would overlap.
         NARROWING: tl.constexpr = rows.dtype.element_ty.primitive_bitwidth // element.primitive_bitwidth
         SCALES_PER_ROW: tl.constexpr = (HIDDEN + _SCALE_COLUMNS - 1) // _SCALE_COLUMNS
+        ROW_BYTES: tl.constexpr = HIDDEN * element.primitive_bitwidth // 8
+        SCALE_BYTES: tl.constexpr = 4 * SCALES_PER_ROW if FP8 else 0
         # Flags go up for several batches at once: their release waits for every store before it, and costs more than a
         # batch. With few rows every program gets some all the same.
         batches = tl.minimum(tl.maximum(total // (tl.num_programs(0) * BLOCK_ROWS), 1), FLAG_BATCHES)
@@ -207,6 +211,11 @@ def _push_rows(
                         scale_mask = in_range[:, None] & (scale_column < SCALES_PER_ROW)[None, :]
                         tl.store(scales[:, None] + scale_column[None, :], scale, mask=scale_mask)
                     tl.store(target[:, None] + column[None, :], values.to(element), mask=mask)
+            if PUTS:
+                put_staged_rows(
+                    context, order, experts, start, total, first_row,
+                    ROW_BYTES * NARROWING, ROW_BYTES, SCALE_BYTES, TOP_K, NUM_LOCAL_EXPERTS, BLOCK_ROWS,
+                )  # fmt: skip
             if batch % batches == batches - 1:
                 first = start - (batches - 1) * BLOCK_ROWS
                 sent_place = first + tl.arange(0, BLOCK_ROWS * FLAG_BATCHES)
@@ -215,15 +224,16 @@ def _push_rows(
                 peer = tl.load(experts + sent, mask=is_sent, other=0) // NUM_LOCAL_EXPERTS
                 sent_to = _landing(context, peer, rank)
                 if PACED:
-                    remote = tl.sum((is_sent & (sent_to != rank)).to(tl.int32))
-                    pace(context, remote * (HIDDEN * element.primitive_bitwidth // 8))
+                    pace(context, tl.sum((is_sent & (peer != rank)).to(tl.int32)) * ROW_BYTES)
                 base = tl.load(context + PEERS + sent_to) + tl.load(context + ROW_ARRIVAL)
                 flags = base.to(tl.pointer_type(tl.int32)) + first_row + (sent // TOP_K).to(tl.int64)
                 # All warps' stores come before the flags: the barrier orders them within the program, the release
                 # beyond.
                 tl.debug_barrier()
                 tl.atomic_xchg(flags, tl.zeros_like(sent) + epoch, mask=is_sent, sem="release", scope="sys")
-        if ANNOUNCED:
+        if PUTS:
+            quiet()
+        else:
             tl.debug_barrier()
             finished = tl.atomic_add(context + PUSHED, tl.full((), 1, tl.int64), sem="acq_rel", scope="sys")
             if finished == tl.num_programs(0) - 1:
@@ -360,18 +370,16 @@ def send_rows(
     plane: which of a token's rows in this round. fp8: as e4m3, with a scale for each 128 columns.
     """
     hidden, top_k = rows.shape[1], send.experts.shape[1]
+    chunks_at_once = CHUNKS_AT_ONCE if round_.puts is None else CHUNKS_AT_ONCE // 2  # puts need registers
     chunk = max(min(padded(hidden), COLUMNS_OF_CHUNK), SCALE_COLUMNS)
     _push_rows[(round_.programs,)](
         round_.context, round_.ticket, rows, *send,
         HIDDEN=hidden, TOP_K=top_k, NUM_LOCAL_EXPERTS=num_local_experts,
-        PLANE=plane, FP8=fp8, PACED=round_.paced, ANNOUNCED=round_.puts is None,
+        PLANE=plane, FP8=fp8, PACED=round_.paced, PUTS=round_.puts is not None,
         BLOCK_ROWS=ROWS_AT_ONCE, FLAG_BATCHES=FLAG_BATCHES, CHUNK=chunk,
-        CHUNKS=min(CHUNKS_AT_ONCE, ceil_div(hidden, chunk)), num_warps=WARPS,
+        CHUNKS=min(chunks_at_once, ceil_div(hidden, chunk)), num_warps=WARPS, **(round_.puts or {}),
     )  # fmt: skip
     if round_.puts is not None:
-        stride = hidden * rows.itemsize
-        scale_bytes = 4 * ceil_div(hidden, SCALE_COLUMNS) if fp8 else 0
-        put.put_rows(round_, *send, num_local_experts, plane, stride, hidden if fp8 else stride, scale_bytes)
         announce(round_, ROWS_ARRIVAL, plane)
 
 

@@ -1,11 +1,13 @@
-"""The second reach: peers that no load or store reaches get their rows by NVSHMEM's puts, in kernels of their own.
+"""The second reach: peers that no load or store reaches get their rows by NVSHMEM's puts.
 
 What is put has been staged in this rank's part of the symmetric buffer: rows and routing where this rank's own would
-lie in its own slot, which is the address that they have at the peer too; sums in a region for them. All puts of a
-kernel are complete before it ends, and only the kernel after it signals, so the flags mean what they mean elsewhere.
+lie in its own slot, which is the address that they have at the peer too; sums in a region for them. Rows and sums are
+put by the kernels that stage them, batch by batch, so that the link is busy while the next batch is read; routing and
+gradients of router weights by kernels of their own. All puts of a kernel are complete before it ends, and only the
+kernel after it signals, so the flags mean what they mean elsewhere.
 
-NVSHMEM's calls take registers and seconds of compile time (up to 49 KB of code and 8 s a kernel), which is why no other
-kernel has any. The interpreter has no NVSHMEM and copies between the ranks' memory.
+NVSHMEM's calls take registers and seconds of compile time (up to 49 KB of code and 8 s a kernel); where no rank has
+such peers, no kernel has any. The interpreter has no NVSHMEM and copies between the ranks' memory.
 """
 
 from __future__ import annotations
@@ -33,12 +35,10 @@ from .protocol import (
     MAX_TOKENS,
     PEERS,
     RANK,
-    TICKET_FIRST_ROW,
     WORLD,
     Round,
     flag_index,
     is_alive,
-    pace,
     slot_of,
 )
 
@@ -73,7 +73,11 @@ if INTERPRETED:
         _copy(context, target, source, 4, peer, wanted, 4)
 
     @triton.jit
-    def _quiet():
+    def _make_visible():
+        pass
+
+    @triton.jit
+    def quiet():
         pass
 
     @triton.jit
@@ -129,7 +133,12 @@ else:
         _putmem_nbi(target, source, nbytes, peer)
 
     @triton.jit
-    def _quiet():
+    def _make_visible():
+        """What this thread has stored, to a network card too, once another thread has asked it to send that."""
+        tl.inline_asm_elementwise("fence.acq_rel.sys; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+    @triton.jit
+    def quiet():
         _quiet_of_library()
 
     @triton.jit
@@ -174,56 +183,51 @@ def _put_routing(context, ticket, entries, TOP_K: tl.constexpr):
         _put(context, for_experts, for_experts, nbytes, peer, nbytes > 0)
         _put(context, for_weights, for_weights, nbytes, peer, nbytes > 0)
         _put(context, for_count, for_count, 4, peer, warp == 0)
-        _quiet()
+        quiet()
 
 
-@Kernel
 @triton.jit
-def _put_rows(
-    context, ticket, experts, order, entries,
+def put_staged_rows(
+    context, order, experts, start, total, first_row,
     STRIDE: tl.constexpr, NBYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, TOP_K: tl.constexpr,
-    NUM_LOCAL_EXPERTS: tl.constexpr, PLANE: tl.constexpr, PACED: tl.constexpr,
+    NUM_LOCAL_EXPERTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    if is_alive(context):
-        first_row = tl.load(ticket + TICKET_FIRST_ROW + PLANE) + tl.load(context + RANK) * tl.load(context + MAX_TOKENS)
-        total = tl.load(entries)
-        for start in range(tl.program_id(0) * _WARPS, total, tl.num_programs(0) * _WARPS):
-            place = start + _warp_of_thread()
-            in_range = place < total
-            entry = tl.load(order + place, mask=in_range, other=0)
-            peer = tl.load(experts + entry, mask=in_range, other=0) // NUM_LOCAL_EXPERTS
-            wanted = in_range & _is_put(context, peer)
-            row = first_row + entry // TOP_K
-            at = tl.load(context + DISPATCH_ROWS) + row * STRIDE
-            _put(context, at, at, NBYTES, peer, wanted)
-            if SCALE_BYTES > 0:
-                at = tl.load(context + DISPATCH_SCALES) + row * SCALE_BYTES
-                _put(context, at, at, SCALE_BYTES, peer, wanted)
-            if PACED:
-                pace(context, tl.sum(wanted.to(tl.int64), axis=0) // _LANES * (NBYTES + SCALE_BYTES))
-        _quiet()
+    """Of the rows that this program of dispatch has just stored, put those that it has staged: ``NBYTES`` each,
+    ``STRIDE`` apart, and their scales."""
+    _make_visible()
+    tl.debug_barrier()
+    for first in range(start, start + BLOCK_ROWS, _WARPS):
+        place = first + _warp_of_thread()
+        in_range = place < total
+        entry = tl.load(order + place, mask=in_range, other=0)
+        peer = tl.load(experts + entry, mask=in_range, other=0) // NUM_LOCAL_EXPERTS
+        wanted = in_range & _is_put(context, peer)
+        row = first_row + entry // TOP_K
+        at = tl.load(context + DISPATCH_ROWS) + row * STRIDE
+        _put(context, at, at, NBYTES, peer, wanted)
+        if SCALE_BYTES > 0:
+            at = tl.load(context + DISPATCH_SCALES) + row * SCALE_BYTES
+            _put(context, at, at, SCALE_BYTES, peer, wanted)
 
 
-@Kernel
-@triton.jit(do_not_specialize=["rows"])
-def _put_sums(
-    context, ticket, turns, rows, NBYTES: tl.constexpr, TOP_K: tl.constexpr, PACED: tl.constexpr
+@triton.jit
+def put_staged_sums(
+    context, turns, slot, start, rows, NBYTES: tl.constexpr, TOP_K: tl.constexpr, BLOCK_ROWS: tl.constexpr
 ):  # fmt: skip
-    if is_alive(context):
-        slot, max_tokens = slot_of(context, ticket), tl.load(context + MAX_TOKENS)
-        for start in range(tl.program_id(0) * _WARPS, rows, tl.num_programs(0) * _WARPS):
-            row = start + _warp_of_thread()
-            in_range = row < rows
-            turn = tl.load(turns + row, mask=in_range, other=-1)
-            owner = tl.where(in_range, row // max_tokens, 0)
-            wanted = (turn >= 0) & _is_put(context, owner)
-            place = (slot * max_tokens + row % max_tokens) * TOP_K + turn
-            target = tl.load(context + COMBINE_ROWS) + place * NBYTES
-            source = tl.load(context + COMBINE_STAGED_ROWS) + (slot * rows + row) * NBYTES
-            _put(context, target, source, NBYTES, owner, wanted)
-            if PACED:
-                pace(context, tl.sum(wanted.to(tl.int64), axis=0) // _LANES * NBYTES)
-        _quiet()
+    """Of the sums that this program of combine has just stored, put those that it has staged."""
+    _make_visible()
+    tl.debug_barrier()
+    max_tokens = tl.load(context + MAX_TOKENS)
+    for first in range(start, start + BLOCK_ROWS, _WARPS):
+        row = first + _warp_of_thread()
+        in_range = row < rows
+        turn = tl.load(turns + row, mask=in_range, other=-1)
+        owner = tl.where(in_range, row // max_tokens, 0)
+        wanted = (turn >= 0) & _is_put(context, owner)
+        place = (slot * max_tokens + row % max_tokens) * TOP_K + turn
+        target = tl.load(context + COMBINE_ROWS) + place * NBYTES
+        source = tl.load(context + COMBINE_STAGED_ROWS) + (slot * rows + row) * NBYTES
+        _put(context, target, source, NBYTES, owner, wanted)
 
 
 @Kernel
@@ -241,7 +245,7 @@ def _put_scalars(context, ticket, places, entries, TOP_K: tl.constexpr, BLOCK: t
             target = tl.load(context + COMBINE_SCALARS) + place * 4
             source = tl.load(context + COMBINE_STAGED_SCALARS) + (slot * entries + entry) * 4
             _put_word(context, target, source, owner, wanted)
-        _quiet()
+        quiet()
 
 
 def _launch(round_: Round) -> Mapping[str, Any]:
@@ -260,27 +264,6 @@ def put_routing(round_: Round, entries: int, top_k: int) -> None:
     """Put this rank's routing, as its own slot has it."""
     _put_routing[(round_.world,)](
         round_.context, round_.ticket, entries, TOP_K=top_k, num_warps=WARPS, **_launch(round_)
-    )  # fmt: skip
-
-
-def put_rows(
-    round_: Round, experts: Tensor, order: Tensor, entries: Tensor, num_local_experts: int, plane: int,
-    stride: int, nbytes: int, scale_bytes: int,
-) -> None:  # fmt: skip
-    """Put this rank's rows, as its own slot has them: ``nbytes`` each, ``stride`` apart, and their scales."""
-    _put_rows[(round_.programs,)](
-        round_.context, round_.ticket, experts, order, entries,
-        STRIDE=stride, NBYTES=nbytes, SCALE_BYTES=scale_bytes, TOP_K=experts.shape[1],
-        NUM_LOCAL_EXPERTS=num_local_experts, PLANE=plane, PACED=round_.paced,
-        num_warps=WARPS, **_launch(round_),
-    )  # fmt: skip
-
-
-def put_sums(round_: Round, turns: Tensor, top_k: int, nbytes: int) -> None:
-    """Put the staged sums of ``combine.push_sums``, rows of ``nbytes``."""
-    _put_sums[(round_.programs,)](
-        round_.context, round_.ticket, turns, turns.numel(), NBYTES=nbytes, TOP_K=top_k, PACED=round_.paced,
-        num_warps=WARPS, **_launch(round_),
     )  # fmt: skip
 
 

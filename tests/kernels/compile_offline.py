@@ -46,6 +46,7 @@ from farskip_fused.kernels import (
     routing,
 )
 from farskip_fused.kernels.combine import Extras
+from farskip_fused.kernels.dispatch import SendOrder
 from farskip_fused.kernels.experts_to_owner import project_to_owner
 from farskip_fused.kernels.layout import Layout
 from farskip_fused.kernels.protocol import ROWS_ARRIVAL, Round, SlotRows
@@ -190,7 +191,8 @@ INSTRUCTIONS = {"warpgroup": "wgmma.mma_async", "warp": "mma.sync", "descriptor"
 
 def describe(kernel: Any) -> dict[str, int]:
     """Tensor-core instructions of a warpgroup and of a warp, loads through descriptors; bytes of a thread's own memory,
-    where registers are spilled to, and of a block's shared memory; whether there are blocks, all of a value a thread.
+    where registers are spilled to, and of a block's shared memory; calls of a library on blocks, and whether all those
+    blocks have a value a thread.
     """
     found = {name: len(re.findall(rf"\b{re.escape(text)}\b", kernel.asm["ptx"])) for name, text in INSTRUCTIONS.items()}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -200,13 +202,16 @@ def describe(kernel: Any) -> dict[str, int]:
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     spilled = sum(int(found) for found in re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage))
-    layouts = re.findall(r"^#\w+ = (#ttg\..*)$", kernel.asm["ttgir"], re.MULTILINE)
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", kernel.asm["ttgir"], re.MULTILINE))
+    calls = [line for line in kernel.asm["ttgir"].splitlines() if "tt.extern_elementwise" in line and "tensor<" in line]
     value_a_thread = f"warpsPerCTA = [{kernel.metadata.num_warps}], order = [0]}}>"
     value_a_thread = f"#ttg.blocked<{{sizePerThread = [1], threadsPerWarp = [32], {value_a_thread}"
+    called = [each for line in calls for each in re.findall(r", (#\w+)>", line)]
     return found | {
         "spilled": spilled,
         "shared": kernel.metadata.shared,
-        "value_a_thread": set(layouts) == {value_a_thread},
+        "library_calls": len(calls),
+        "value_a_thread": all(layouts[each] == value_a_thread for each in called),
     }
 
 
@@ -282,15 +287,18 @@ def put_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
         return
     context, ids = torch.empty(64, dtype=torch.int64), torch.empty(TOKENS, TOP_K, dtype=torch.int32)
     order, turns = ids.flatten(), torch.empty(TOKENS, dtype=torch.int32)
+    rows, weights = torch.empty(TOKENS, HIDDEN, dtype=dtype), torch.empty(TOKENS, TOP_K)
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "nvshmem.ll"
         library.write_text(NVSHMEM)
         for paced in (False, True):
             round_ = Round(context, context, 4, 8, paced, {"extern_libs": (("nvshmem", str(library)),)})
-            for scale_bytes in (0, 64):
-                a = (round_, ids, order, order[:1], EXPERTS, 0, 2 * HIDDEN, 2 * HIDDEN, scale_bytes)
-                yield f"{paced=} {scale_bytes=}", lambda a=a: put.put_rows(*a)
-            yield f"{paced=}", lambda r=round_: put.put_sums(r, turns, TOP_K, 2 * HIDDEN)
+            for fp8 in (False, True):
+                a, options = (round_, rows, SendOrder(ids, order, order[:1]), EXPERTS), {"fp8": fp8}
+                yield f"{paced=} {fp8=}", lambda a=a, options=options: dispatch.send_rows(*a, **options)
+            for each in (weights, None):
+                a = (round_, rows, ids, each, turns, TOP_K)
+                yield f"{paced=} weighted={each is not None}", lambda a=a: combine.push_sums(*a)
         yield "routing", lambda: put.put_routing(round_, TOKENS * TOP_K, TOP_K)
         yield "scalars", lambda: put.put_scalars(round_, ids)
         yield "signal", lambda: put.signal(round_, ROWS_ARRIVAL, 0)
