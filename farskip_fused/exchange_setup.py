@@ -27,7 +27,8 @@ WARM_UP_TOKENS = 4
 class ExchangeOptions:
     """How rows travel between ranks.
 
-    num_comm_sms: multiprocessors that communication may take while GEMMs run; None for 8 of 132.
+    num_comm_sms: multiprocessors that communication may take while GEMMs run; None for 8 of 132, and 16 where peers are
+        reached by puts.
     keep_received: in training, copy received rows out of the slots for backward. Otherwise backward dispatches them
         again: more traffic, and no memory of the layer's own, but slots twice as large.
     combine: "direct", where the down-projection stores every row at the owner of its token, as it is computed, and
@@ -118,7 +119,8 @@ def _new_exchange(slots: Slots, world: int, shape: SlotShape, num_experts: int, 
     """An exchange over ``slots``, with the kernels of one over slots of that shape in a world of that size."""
     local = num_experts // world
     worst = slots.memory.world * slots.shape.max_tokens * min(shape.top_k, local)
-    programs, gemm_programs = share_multiprocessors(slots.memory.device, options.num_comm_sms)
+    share = COMMUNICATION.put_share if shape.staged else COMMUNICATION.share
+    programs, gemm_programs = share_multiprocessors(slots.memory.device, options.num_comm_sms, share)
     return Exchange(
         slots, local, shape.top_k,
         tile_rows=choose_tile_rows(shape.max_tokens * shape.top_k * world, num_experts, shape.dtype),
@@ -127,12 +129,14 @@ def _new_exchange(slots: Slots, world: int, shape: SlotShape, num_experts: int, 
     )  # fmt: skip
 
 
-def share_multiprocessors(device: torch.device, num_comm_sms: int | None) -> tuple[int, int]:
-    """Programs of communication and of GEMMs that run beside it."""
+def share_multiprocessors(
+    device: torch.device, num_comm_sms: int | None, usual: float = COMMUNICATION.share
+) -> tuple[int, int]:
+    """Programs of communication and of GEMMs that run beside it. usual: share of communication where None is given."""
     if INTERPRETED:
         return num_comm_sms or 2, 1
     available = torch.cuda.get_device_properties(device).multi_processor_count
-    share = num_comm_sms or max(round(available * COMMUNICATION.share), 1)
+    share = num_comm_sms or max(round(available * usual), 1)
     if share >= available:
         raise UsageError(f"num_comm_sms is {share} and the GPU has {available}; leave some for the experts.")
     return share, available - share

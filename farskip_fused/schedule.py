@@ -30,16 +30,18 @@ class Action:
 @dataclass(frozen=True)
 class Stream:
     """A stream beside the caller's. priority: CUDA's, the lower goes first. share: of the GPU's multiprocessors that
-    its kernels take while the caller's have the rest."""
+    its kernels take while the caller's have the rest; put_share: where they put rows instead of storing them."""
 
     priority: int
     share: float
+    put_share: float
 
 
 # Actions run on the caller's stream, and so does what their GEMMs store at peers as they compute: results and gradients
 # on their way back to the tokens. What must be sent by itself is launched here: rows and routing of a dispatch,
 # gradients on their way to the experts, sums of rows on their way back. Others wait for it, so it goes first.
-COMMUNICATION = Stream(priority=-1, share=8 / 132)
+# A store is issued and done with; a put holds its warp until the row has left, so that as many warps send half as much.
+COMMUNICATION = Stream(priority=-1, share=8 / 132, put_share=16 / 132)
 
 ATTENTION_PROJECTIONS = Action("attention_projections")
 ATTENTION_CORE = Action("attention_core")

@@ -37,6 +37,7 @@ HOPPER_SMS, BLACKWELL_SMS = 20 / 132, 24 / 148
 # Taken for Blackwell too. Where kernels are many programs, those that end make room at once.
 PERSISTENT, MANY_PROGRAMS = 1.0, 0.0
 COUNTS = ("processors", "node")  # fields of a cluster that are whole numbers
+SHARES = ("collective_share", "fused_share", "put_share")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Cluster:
     node: GPUs that reach each other by load and store. link, network: GB/s a direction inside a node and between
     nodes, as all-to-all kernels reach it. reduce: GB/s of bus bandwidth of an all-reduce inside a node.
     latency: ms from the launch of a collective to its end, beyond its bytes. reduce_latency: the same of a small
-    all-reduce inside a node. collective_share, fused_share: share of the SMs that communication occupies.
+    all-reduce inside a node. collective_share, fused_share, put_share: share of the SMs that communication occupies: as
+    whole collectives, fused inside a node, fused between nodes.
     late: share of a kernel of attention or of a dense product for which a transfer launched just before it waits.
     """
 
@@ -63,6 +65,7 @@ class Cluster:
     reduce: float
     collective_share: float
     fused_share: float = COMMUNICATION.share
+    put_share: float = COMMUNICATION.put_share
     attention: float = 1.0
     strided: float = HOPPER_STRIDED
     processors: int = 132
@@ -169,9 +172,9 @@ def _from_yaml(path: Path) -> Cluster:
         wrong = f"unknown {', '.join(sorted(map(str, unknown)))}" if unknown else f"no {', '.join(sorted(missing))}"
         raise UsageError(f"{path}: {wrong}; a cluster has {', '.join(known)}, or 'like' and what differs.")
     for key, value in values.items():
-        least = 0 if key in ("latency", "reduce_latency", "collective_share", "fused_share", "late") else 1e-9
+        least = 0 if key in ("latency", "reduce_latency", "late") or key in SHARES else 1e-9
         least = 1 if key in COUNTS else least
-        most = {"collective_share": 0.9, "fused_share": 0.9, "late": 1}.get(key, 1e9)
+        most = 0.9 if key in SHARES else 1 if key == "late" else 1e9
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if key != "name" and not (number and least <= value <= most):
             raise UsageError(f"{path}: {key} is {value!r}; a number from {least:g} to {most:g} is needed.")

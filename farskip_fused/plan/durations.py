@@ -184,7 +184,8 @@ def _durations(
     """With what transfers and computation take from each other."""
     cluster, layer, actions = job.machines, _Layer(job), actions_of(job, early_combine)
     fused = job.transport == "fused"
-    share = cluster.fused_share if fused else cluster.collective_share
+    within = cluster.fused_share if job.ep <= cluster.node else cluster.put_share
+    share = within if fused else cluster.collective_share
     beside = actions_of(replace(job, cluster=without(cluster, share)), early_combine)
     # Backward, transfers are launched before kernels of many programs, but for standard connectivity's gradients of the
     # routed output, whose delay is left out. Results that leave early are sent by the experts' own kernels.

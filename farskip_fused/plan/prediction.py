@@ -172,10 +172,12 @@ def orders(job: Job, backward: bool) -> tuple[tuple[Action, ...], tuple[Action, 
 def timelines(job: Job, backward: bool = False) -> dict[str, tuple[Durations, Timeline]]:
     """Durations and simulated stacks: "blocking", "standard" and "farskip" (the connectivity asked for).
 
-    The fused transport sends results tile by tile or summed for each rank, whichever makes the stack faster.
+    The fused transport sends results tile by tile or summed for each rank, whichever makes the stack faster; always
+    summed where ranks lie on several nodes.
     """
     durations_of = backward_durations if backward else forward_durations
-    forms = (True, False) if job.transport == "fused" and not job.reduces else (False,)
+    stored = job.transport == "fused" and not job.reduces and job.ep <= job.machines.node
+    forms = (True, False) if stored else (False,)
     durations = [durations_of(job, early_combine=form) for form in forms]
     standard, asked = orders(job, backward)
     found = {}
