@@ -55,7 +55,7 @@ if wants memcheck; then
 fi
 # Nothing is timed any more: tests run beside it where ranks have a GPU each.
 ((GPUS >= WORLD)) || wait
-wants check && part check 500 "$PYTHON" -m pytest -q -n $LANES -p no:cacheprovider --durations=5 -m "$MARK and not full" tests --ignore tests/engines
+wants check && part check 500 "$PYTHON" -m pytest -v -n $LANES -p no:cacheprovider --durations=5 -m "$MARK and not full" tests --ignore tests/engines
 wait
 
 for row in "$OUT"/*.row; do

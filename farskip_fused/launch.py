@@ -181,9 +181,9 @@ def _rank_main(
     import farskip_fused as ff
 
     try:
+        torch.set_num_threads(1)  # as torchrun does: ranks of a host would take each other's processors
         if device == "cpu":
             where = torch.device(device)
-            torch.set_num_threads(1)
         else:
             where = torch.device("cuda", gpu_of(rank, world, device))
             torch.cuda.set_device(where)
