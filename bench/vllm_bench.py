@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from farskip_fused.bench.report import environment, open_console
-from farskip_fused.bench.timing import Timing, summarise
+from farskip_fused.bench.timing import summarise
 from farskip_fused.connectivity import Connectivity
 from farskip_fused.errors import UsageError
 from farskip_fused.record import CLASS_PREFIX, TYPE_PREFIX, to_record
@@ -78,8 +78,11 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def run(models: list[str], rounds: int = ROUNDS, ranks: int = 1) -> dict[str, Any]:
-    """Measure every point of the models; UsageError for an unknown model and without vLLM or as many GPUs."""
+def run(models: list[str], rounds: int = ROUNDS, ranks: int = 1, seconds: float | None = None) -> dict[str, Any]:
+    """Measure every point of the models; UsageError for an unknown model and without vLLM or as many GPUs.
+
+    seconds: no round of a model begins later than that after its engines have started, beyond the second measured one.
+    """
     unknown = [name for name in models if name not in MODELS]
     if unknown:
         raise UsageError(f"Unknown model {unknown[0]!r}; use {' or '.join(MODELS)}.")
@@ -91,8 +94,8 @@ def run(models: list[str], rounds: int = ROUNDS, ranks: int = 1) -> dict[str, An
     if (gpus := torch.cuda.device_count()) < ranks:
         raise UsageError(f"--ranks {ranks} needs as many GPUs and there are {gpus}; ask for fewer.")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    points = [cell for model in models for cell in _measure_model(model, rounds, ranks)]
-    return {"environment": environment(), "ranks": ranks, "rounds": rounds, "layers": LAYERS, "points": points}
+    points = [cell for model in models for cell in _measure_model(model, rounds, ranks, seconds)]
+    return {"environment": environment(), "ranks": ranks, "layers": LAYERS, "points": points}
 
 
 def config_of(model: str, variant: str) -> dict[str, Any]:
@@ -107,7 +110,7 @@ def config_of(model: str, variant: str) -> dict[str, Any]:
     }
 
 
-def _measure_model(model: str, rounds: int, ranks: int) -> list[dict[str, Any]]:
+def _measure_model(model: str, rounds: int, ranks: int, seconds: float | None) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         processors = sorted(os.sched_getaffinity(0))
         share = len(processors) // len(VARIANTS)
@@ -119,9 +122,11 @@ def _measure_model(model: str, rounds: int, ranks: int) -> list[dict[str, Any]]:
             for engine in engines.values():
                 engine.answer()  # it has started
             cells = []
-            for point, times in _measure(engines, MODELS[model]["vocab_size"], rounds).items():
-                variants = {name: {"ms": timing.ms, "spread_ms": timing.spread_ms} for name, timing in times.items()}
-                cells.append({"model": model, **point._asdict(), "variants": variants})
+            for point, times in _measure(engines, MODELS[model]["vocab_size"], rounds, seconds).items():
+                timings = {name: summarise(ms) for name, ms in times.items()}
+                variants = {name: {"ms": timing.ms, "spread_ms": timing.spread_ms} for name, timing in timings.items()}
+                measured = len(times["stock"])
+                cells.append({"model": model, **point._asdict(), "rounds": measured, "variants": variants})
             return cells
         finally:
             for engine in engines.values():
@@ -210,11 +215,16 @@ def _serve(pipe: Any, settings: dict[str, Any], processors: list[int]) -> None:
         engine.llm_engine.engine_core.shutdown()
 
 
-def _measure(engines: dict[str, _Engine], vocabulary: int, rounds: int) -> dict[Point, dict[str, Timing]]:
+def _measure(
+    engines: dict[str, _Engine], vocabulary: int, rounds: int, seconds: float | None
+) -> dict[Point, dict[str, list[float]]]:
     """ms of every prefill, or of all decode steps together: the same request with and without them, taken off."""
     draw = random.Random(0)
     times: dict[Point, dict[str, list[float]]] = {point: {variant: [] for variant in engines} for point in POINTS}
+    start = time.monotonic()
     for number in range(rounds + 2):  # two to warm up
+        if number >= 4 and seconds is not None and time.monotonic() - start > seconds:
+            break
         for point, of_variant in times.items():
             prompts = [[draw.randrange(10, vocabulary) for _ in range(point.prompt)] for _ in range(point.batch)]
             for variant in draw.sample(list(engines), len(engines)):
@@ -223,7 +233,7 @@ def _measure(engines: dict[str, _Engine], vocabulary: int, rounds: int) -> dict[
                     elapsed -= engines[variant].elapsed(prompts, 1)
                 if number >= 2:
                     of_variant[variant].append(elapsed)
-    return {point: {name: summarise(ms) for name, ms in of_variant.items()} for point, of_variant in times.items()}
+    return times
 
 
 def render(report: dict[str, Any]) -> None:

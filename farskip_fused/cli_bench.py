@@ -165,12 +165,13 @@ def bench_vllm(
     ] = None,
     rounds: Annotated[int, typer.Option(min=2, help="Measurements of a point.")] = 15,
     ranks: Annotated[int, typer.Option(min=1, help="GPUs: tensor-parallel ranks, with the experts split.")] = 1,
+    seconds: Annotated[float | None, typer.Option(min=0, help="For a model; fewer rounds if it takes longer.")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Time prefill and decode in vLLM: a stock model, the same on our expert kernels, and with FarSkip wiring."""
     from farskip_fused.bench import vllm_bench as room
 
-    result = room.run(models or list(room.MODELS), rounds, ranks)
+    result = room.run(models or list(room.MODELS), rounds, ranks, seconds)
     _report(room, result, json_file)
 
 
