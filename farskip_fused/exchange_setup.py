@@ -28,7 +28,7 @@ class ExchangeOptions:
     """How rows travel between ranks.
 
     num_comm_sms: multiprocessors that communication may take while GEMMs run; None for 8 of 132, and 16 where peers are
-        reached by puts.
+        reached by puts (measured between GPUs of a host alone).
     keep_received: in training, copy received rows out of the slots for backward. Otherwise backward dispatches them
         again: more traffic, and no memory of the layer's own, but slots twice as large.
     combine: "direct", where the down-projection stores every row at the owner of its token, as it is computed, and

@@ -40,7 +40,7 @@ class Stream:
 # Actions run on the caller's stream, and so does what their GEMMs store at peers as they compute: results and gradients
 # on their way back to the tokens. What must be sent by itself is launched here: rows and routing of a dispatch,
 # gradients on their way to the experts, sums of rows on their way back. Others wait for it, so it goes first.
-# A store is issued and done with; a put holds its warp until the row has left, so that as many warps send half as much.
+# A store is issued and done with; between GPUs of a host, where this was measured, a put is a copy that holds its warp.
 COMMUNICATION = Stream(priority=-1, share=8 / 132, put_share=16 / 132)
 
 ATTENTION_PROJECTIONS = Action("attention_projections")

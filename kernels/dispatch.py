@@ -224,7 +224,7 @@ def _push_rows(
                 peer = tl.load(experts + sent, mask=is_sent, other=0) // NUM_LOCAL_EXPERTS
                 sent_to = _landing(context, peer, rank)
                 if PACED:
-                    pace(context, tl.sum((is_sent & (peer != rank)).to(tl.int32)) * ROW_BYTES)
+                    pace(context, tl.sum((is_sent & (peer != rank)).to(tl.int32)) * (ROW_BYTES + SCALE_BYTES))
                 base = tl.load(context + PEERS + sent_to) + tl.load(context + ROW_ARRIVAL)
                 flags = base.to(tl.pointer_type(tl.int32)) + first_row + (sent // TOP_K).to(tl.int64)
                 # All warps' stores come before the flags: the barrier orders them within the program, the release

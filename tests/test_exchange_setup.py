@@ -5,7 +5,7 @@ import torch
 
 import farskip_fused as ff
 from farskip_fused import exchange_setup
-from farskip_fused.schedule import COMMUNICATION
+from farskip_fused.symmetric.slots import SlotShape
 
 
 @pytest.fixture(autouse=True)
@@ -15,15 +15,13 @@ def h100(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("asked", "usual", "shares"),
-    [
-        (None, COMMUNICATION.share, (8, 124)),
-        (None, COMMUNICATION.put_share, (16, 116)),
-        (20, COMMUNICATION.put_share, (20, 112)),
-    ],
+    ("by_put", "asked", "shares"), [(False, None, (8, 124)), (True, None, (16, 116)), (True, 20, (20, 112))]
 )
-def test_communication_has_a_share_of_the_multiprocessors_and_gemms_the_rest(asked, usual, shares):
-    assert exchange_setup.share_multiprocessors(torch.device("cuda"), asked, usual) == shares
+def test_communication_has_a_share_of_the_multiprocessors_and_gemms_the_rest(by_put, asked, shares):
+    shape = SlotShape(64, 256, 2, torch.bfloat16, 2, staged=by_put)
+    slots = SimpleNamespace(memory=SimpleNamespace(device=torch.device("cuda"), world=2), shape=shape)
+    exchange = exchange_setup._new_exchange(slots, 2, shape, 8, ff.ExchangeOptions(num_comm_sms=asked))
+    assert (exchange.programs, exchange.gemm_programs) == shares
 
 
 def test_a_share_that_leaves_nothing_is_refused():

@@ -211,7 +211,7 @@ def describe(kernel: Any) -> dict[str, int]:
         "spilled": spilled,
         "shared": kernel.metadata.shared,
         "library_calls": len(calls),
-        "value_a_thread": all(layouts[each] == value_a_thread for each in called),
+        "value_a_thread": len(called) >= len(calls) and all(layouts[each] == value_a_thread for each in called),
     }
 
 

@@ -13,7 +13,7 @@ from farskip_fused.errors import UsageError
 from farskip_fused.plan import CLUSTERS, MODELS, PHASES, PRECISIONS, TRANSPORTS, Job, predict, recommendation
 from farskip_fused.plan.clusters import scaled
 from farskip_fused.plan.durations import backward_durations, exchange, forward_durations
-from farskip_fused.plan.prediction import predict_once, window
+from farskip_fused.plan.prediction import predict_once, timelines, window
 from farskip_fused.plan.splits import frontier, parse_swept, sweep
 
 TOLERANCE = 1e-6
@@ -110,6 +110,21 @@ def test_fused_kernels_widen_the_window_by_the_experts():
     streams, fused = predict(job), predict(replace(job, transport="fused"))
     assert window(fused.job)[1] > window(job)[1]
     assert fused.forward.farskip < streams.forward.farskip
+
+
+@pytest.mark.parametrize(("ep", "taken", "unused"), [(8, "fused_share", "put_share"), (16, "put_share", "fused_share")])
+def test_fused_kernels_put_between_nodes_on_a_share_of_their_own_and_send_sums_alone(ep, taken, unused):
+    job = Job("qwen3-30b-a3b", "h200-ib400", ep=ep, dp=64, transport="fused")
+    forms = {
+        durations.early_combine for backward in (False, True) for durations, _ in timelines(job, backward).values()
+    }
+    assert (True in forms) == (ep == 8)
+
+    def farskip(**shares):
+        return predict_once(replace(job, cluster=replace(job.machines, **shares))).forward.farskip
+
+    assert farskip(**{taken: 0.3}) > farskip()
+    assert farskip(**{unused: 0.3}) == farskip()
 
 
 def test_depth_helps_where_the_window_is_too_small():
