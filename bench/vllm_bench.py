@@ -222,8 +222,8 @@ def _measure(
     draw = random.Random(0)
     times: dict[Point, dict[str, list[float]]] = {point: {variant: [] for variant in engines} for point in POINTS}
     start = time.monotonic()
-    for number in range(rounds + 2):  # two to warm up
-        if number >= 4 and seconds is not None and time.monotonic() - start > seconds:
+    for number in range(-2, rounds):  # two to warm up
+        if number >= 2 and seconds is not None and time.monotonic() - start > seconds:
             break
         for point, of_variant in times.items():
             prompts = [[draw.randrange(10, vocabulary) for _ in range(point.prompt)] for _ in range(point.batch)]
@@ -231,7 +231,7 @@ def _measure(
                 elapsed = engines[variant].elapsed(prompts, 1 + point.new_tokens)
                 if point.new_tokens:
                     elapsed -= engines[variant].elapsed(prompts, 1)
-                if number >= 2:
+                if number >= 0:
                     of_variant[variant].append(elapsed)
     return times
 

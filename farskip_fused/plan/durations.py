@@ -184,8 +184,9 @@ def _durations(
     """With what transfers and computation take from each other."""
     cluster, layer, actions = job.machines, _Layer(job), actions_of(job, early_combine)
     fused = job.transport == "fused"
-    within = cluster.fused_share if job.ep <= cluster.node else cluster.put_share
-    share = within if fused else cluster.collective_share
+    share = cluster.collective_share
+    if fused:
+        share = cluster.fused_share if job.in_one_node else cluster.put_share
     beside = actions_of(replace(job, cluster=without(cluster, share)), early_combine)
     # Backward, transfers are launched before kernels of many programs, but for standard connectivity's gradients of the
     # routed output, whose delay is left out. Results that leave early are sent by the experts' own kernels.

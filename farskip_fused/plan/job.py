@@ -145,6 +145,11 @@ class Job:
         limits = (model.groups, model.groups_of_token)
         return sample(model.experts, model.top_k, *limits, self.skew, self.ep, self.machines.node, tokens)
 
+    @property
+    def in_one_node(self) -> bool:
+        """Whether all ranks that exchange tokens reach each other by load and store."""
+        return self.ep <= self.machines.node
+
     def _check_order(self) -> None:
         if self.depth > MOST_DEPTH:
             raise UsageError(f"depth is {self.depth}; 1 to {MOST_DEPTH} can be planned.")

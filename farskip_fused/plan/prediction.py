@@ -176,8 +176,8 @@ def timelines(job: Job, backward: bool = False) -> dict[str, tuple[Durations, Ti
     summed where ranks lie on several nodes.
     """
     durations_of = backward_durations if backward else forward_durations
-    stored = job.transport == "fused" and not job.reduces and job.ep <= job.machines.node
-    forms = (True, False) if stored else (False,)
+    both = job.transport == "fused" and not job.reduces and job.in_one_node
+    forms = (True, False) if both else (False,)
     durations = [durations_of(job, early_combine=form) for form in forms]
     standard, asked = orders(job, backward)
     found = {}

@@ -22,9 +22,9 @@ OTHERS = {
     "_push_sums", "_push_scalars", "_take_scalars", "_sum", "_wait", "_announce", "_start_reduce",
     "_finish_reduce",
 }  # fmt: skip
-# Over peers that are reached by puts. Each warp or thread puts for itself only where blocks have a value a thread.
 PUTS = {"_put_routing", "_put_scalars", "_signal"}
-PUT_ROWS = {"_push_rows", "_push_sums", "_put_routing", "_put_scalars"}
+# Over peers that are reached by puts. Each warp or thread puts for itself only where blocks have a value a thread.
+CALL_ON_BLOCKS = {"_push_rows", "_push_sums", "_put_routing", "_put_scalars"}
 # With bfloat16 alone: what runs between ranks, as float16 takes the same room, and what knows neither.
 WITH_BFLOAT16 = {
     "_count", "_sort", "_route_backward",
@@ -65,7 +65,7 @@ def test_kernels_use_tensor_cores_and_fit_without_spills(version, dtypes, tmp_pa
         expected -= WITH_BFLOAT16
     assert {row["kernel"] for row in report["variants"]} == expected
     if "bfloat16" in dtypes:
-        assert {row["kernel"] for row in report["variants"] if row["library_calls"]} == PUT_ROWS
+        assert {row["kernel"] for row in report["variants"] if row["library_calls"]} == CALL_ON_BLOCKS
     for row in report["variants"]:
         name, kernel = row["name"], row["kernel"]
         assert row["spilled"] == 0, f"{name} spills: {row}"
