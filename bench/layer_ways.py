@@ -85,7 +85,7 @@ class WholeExperts(torch.autograd.Function):
         if gate_up is not None:
             ctx.flight, ctx.tile_rows = flight, where.tile_rows
             ctx.save_for_backward(received.weights, *where[:5], turns, rows, gate_up, w13, w2)
-        return torch.zeros_like(token)
+        return torch.empty_like(token)
 
     @staticmethod
     @once_differentiable
@@ -112,7 +112,7 @@ class WholeExperts(torch.autograd.Function):
             exchange.slots.rows, activation, where, top_k, True, slot=slot, programs=exchange.gemm_programs
         )
         dispatch.release(round_)
-        return torch.zeros(1, device=rows.device), w13_gradient, w2_gradient, None
+        return rows.new_empty(0), w13_gradient, w2_gradient, None
 
 
 class Collectives(torch.autograd.Function):
@@ -127,7 +127,7 @@ class Collectives(torch.autograd.Function):
         dispatch.release(flight.round)
         flight.send_sums(flight.round, values, where.places, received.weights, turns)
         ctx.flight, ctx.where, ctx.turns, ctx.values = flight, where, turns, values
-        return torch.zeros_like(token)
+        return torch.empty_like(token)
 
     @staticmethod
     @once_differentiable
@@ -137,7 +137,7 @@ class Collectives(torch.autograd.Function):
         dispatch.wait_rows(flight.gradient_round)
         dispatch.release(flight.gradient_round)
         flight.send_sums(flight.gradient_round, ctx.values, ctx.where.places, None, ctx.turns)
-        return torch.zeros_like(token), None, None
+        return torch.empty_like(token), None, None
 
 
 class WholePending(Pending):

@@ -91,7 +91,7 @@ class Dispatch(torch.autograd.Function):
     def forward(ctx: Any, hidden_states: Tensor, top_k_weights: Tensor, flight: NcclFlight) -> Tensor:
         ctx.flight = flight
         flight.send_to_experts(hidden_states, top_k_weights)
-        return torch.zeros(1, device=hidden_states.device)
+        return hidden_states.new_empty(0)
 
     @staticmethod
     @once_differentiable
@@ -117,7 +117,7 @@ class Experts(torch.autograd.Function):
         if gate_up is not None:
             ctx.flight, ctx.tile_rows = flight, where.tile_rows
             ctx.save_for_backward(weights, *where[:5], rows, gate_up, w13, w2)
-        return torch.zeros_like(token)
+        return torch.empty_like(token)
 
     @staticmethod
     @once_differentiable
@@ -139,7 +139,7 @@ class Experts(torch.autograd.Function):
         programs = exchange.gemm_programs
         w13_gradient = experts_backward.weight_gradient(gate_up_gradient, rows, where, top_k, False, programs=programs)
         w2_gradient = experts_backward.weight_gradient(gradient, activation, where, top_k, True, programs=programs)
-        return torch.zeros(1, device=rows.device), w13_gradient, w2_gradient, None
+        return rows.new_empty(0), w13_gradient, w2_gradient, None
 
 
 class Combine(torch.autograd.Function):
@@ -153,7 +153,7 @@ class Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         ctx.flight.send_to_experts(gradient.contiguous())
-        return torch.zeros(1, device=gradient.device), None
+        return gradient.new_empty(0), None
 
 
 class NcclPending:

@@ -2,7 +2,7 @@
 
 Three autograd functions, one a step, so that backward has the same seams as forward: the gradient of combine is a
 dispatch, that of the experts stays where they are, that of dispatch is a combine. What travels between the functions
-is a token of one element; the data lies in the slots.
+is a token without elements; the data lies in the slots.
 
 Sending runs on a stream of its own with a share of the GPU's multiprocessors, the experts' GEMMs on the rest: they
 start on the rows that are there and store their results straight at the owners of the tokens.
@@ -34,7 +34,7 @@ class Dispatch(torch.autograd.Function):
         ctx.flight = flight
         if not hold:
             flight.send(hidden_states, top_k_weights)
-        return torch.zeros(1, device=hidden_states.device)
+        return hidden_states.new_empty(0)
 
     @staticmethod
     @once_differentiable
@@ -81,23 +81,20 @@ class _Experts(torch.autograd.Function):
         exchange, round_ = flight.exchange, flight.round
         received, where = flight.receive()
         has_backward = any(ctx.needs_input_grad)
-        slot: SlotRows | None = SlotRows(round_)
+        slot, programs = flight.rows(round_, whole=exchange.fp8)
         kept = w13.new_empty(0)
         if exchange.fp8 or (exchange.keep_received and ctx.needs_input_grad[1]):
-            kept = flight.keep_rows(received)
-        rows = exchange.slots.rows
-        if exchange.fp8:
-            flight.landed()
-            rows, slot = kept, None
+            kept = flight.keep_rows(received, slot, programs)
         gate_up, activated = experts.up_swiglu(
-            rows, where, exchange.top_k, w13, has_backward, slot=slot, programs=exchange.gemm_programs
-        )
+            kept if exchange.fp8 else exchange.slots.rows, where, exchange.top_k, w13, has_backward,
+            slot=None if exchange.fp8 else slot, programs=programs,
+        )  # fmt: skip
         flight.landed()
-        dispatch.wait_rows(round_)  # reports what the GEMM has waited for in vain
         turns = w13.new_empty(0)
         if exchange.presummed:
             turns = combine.find_turns(round_, received.experts, exchange.num_local_experts)
-        dispatch.release(round_)
+        # Waits once more, and so reports what the GEMM has waited for in vain.
+        dispatch.release_arrived(round_, then_send=not exchange.presummed)
         _return(flight, round_, activated, where, w2, 1, received.weights, turns)
         if is_recomputing():
             # Recomputation stops at the last tensor that somebody saved, perhaps before this round's finish(), and in
@@ -106,7 +103,7 @@ class _Experts(torch.autograd.Function):
         if gate_up is not None:
             ctx.flight, ctx.main_grads = flight, main_grads
             ctx.save_for_backward(*_Saved(received, where, kept, turns, gate_up, w13, w2).tensors())
-        return torch.zeros_like(token)
+        return torch.empty_like(token)
 
     @staticmethod
     @once_differentiable
@@ -114,8 +111,8 @@ class _Experts(torch.autograd.Function):
         flight: Flight = ctx.flight
         exchange, round_ = flight.exchange, flight.gradient_round
         saved = _Saved.from_tensors(ctx.saved_tensors, exchange.tile_rows)
-        where, top_k, programs = saved.where, exchange.top_k, exchange.gemm_programs
-        slot = SlotRows(round_)
+        where, top_k = saved.where, exchange.top_k
+        slot, programs = flight.rows(round_)
         gate_up_gradient, weighted_activation, weight_parts = experts_backward.down_gradient_swiglu(
             exchange.slots.rows, saved.received.weights, where, saved.w2, saved.gate_up, slot=slot, programs=programs
         )
@@ -126,12 +123,14 @@ class _Experts(torch.autograd.Function):
         if inputs is not None:
             inputs = inputs.wait()
         dispatch.poison_if_failed(round_.context, gate_up_gradient, weighted_activation)
-        token_gradient = None
+        token_gradient, programs = None, flight.programs_once_landed()
         if ctx.needs_input_grad[0]:
+            if exchange.presummed:
+                programs = exchange.gemm_programs  # the sums travel beside what follows
+            else:
+                combine.wait_to_send(round_)
             _return(flight, round_, gate_up_gradient, where, saved.w13, 2, None, saved.turns, weight_parts)
-            token_gradient = torch.zeros(1, device=saved.w13.device)
-            if not exchange.presummed:
-                programs = flight.programs_once_landed()
+            token_gradient = saved.w13.new_empty(0)
         else:
             # Nobody waits for these gradients: neither the input nor the router needs one, on any rank.
             combine.release(round_)
@@ -158,13 +157,13 @@ def _return(
     weights: Tensor | None, turns: Tensor, weight_parts: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Multiply sorted inputs by each expert's matrix and bring the rows to the owners of the tokens: each as soon as it
-    is computed or, summed, behind the product on the communication stream, where they hide behind what comes next.
+    is computed, to slots that are free by now, or, summed, behind the product on the communication stream, where they
+    hide behind what comes next.
 
     weight_parts: of the router weights' gradients, which travel along.
     """
     exchange, programs = flight.exchange, flight.programs_once_landed()
     if not exchange.presummed:
-        combine.wait_to_send(round_)
         if weight_parts is not None:
             combine.push_weight_gradients(round_, weight_parts, where.places)
         project_to_owner(round_, inputs, where, exchange.top_k, weight, column_dim, programs)
@@ -197,7 +196,7 @@ class Combine(torch.autograd.Function):
         if needs[0]:
             flight.send_gradient(aligned(gradient), ctx.hidden_states)
             flight.check()
-        token = torch.zeros(1, device=gradient.device) if needs[0] else None
+        token = gradient.new_empty(0) if needs[0] else None
         return token, None, None, gradient if needs[3] else None, gradient if needs[4] else None, None
 
 

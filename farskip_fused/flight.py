@@ -15,7 +15,7 @@ from farskip_fused.kernels import combine, dispatch
 from farskip_fused.kernels.combine import Extras
 from farskip_fused.kernels.dispatch import Received, SendOrder
 from farskip_fused.kernels.layout import Layout
-from farskip_fused.kernels.protocol import Round
+from farskip_fused.kernels.protocol import Round, SlotRows
 from farskip_fused.symmetric.interface import Mark, join
 from farskip_fused.symmetric.slots import Slots, Ticket
 
@@ -106,14 +106,30 @@ class Flight:
             self.round, max_tokens, exchange.top_k, exchange.num_local_experts, exchange.capacity, exchange.tile_rows
         )
 
-    def keep_rows(self, received: Received) -> Tensor:
-        """Copy the rows out of the slot, on the communication stream; ``mark`` then marks the copy."""
+    def rows(self, round_: Round, whole: bool = False) -> tuple[SlotRows, int]:
+        """Those of a round for a GEMM, and its programs: it begins as rows come, on what communication leaves.
+
+        whole: it needs all of them first, as one by puts does, which raise no flag for a row. Then it begins once they
+        are here and this rank's have left, and takes what is free.
+        """
+        slot = SlotRows(round_)
+        if not whole and round_.puts is None:
+            return slot, self.exchange.gemm_programs
+        self.landed()
+        return slot.wait(), self.programs_once_landed()
+
+    def keep_rows(self, received: Received, slot: SlotRows, programs: int) -> Tensor:
+        """Copy the rows out of the slot: on the communication stream, where ``mark`` then marks the copy, or, if all
+        are there, on this stream and so many multiprocessors."""
         exchange, shape = self.exchange, self.exchange.slots.shape
         rows = self.round.world * shape.max_tokens
         kept = torch.empty(rows, shape.hidden_size, dtype=shape.dtype, device=self.round.context.device)
+        if slot.arrived:
+            dispatch.keep_rows(self.round._replace(programs=programs), received.experts, kept, fp8=exchange.fp8)
+            return kept
         with exchange.beside():
             dispatch.wait_rows(self.round)
-            dispatch.keep_rows(self.round, received.experts, kept, fp8=exchange.fp8)
+            dispatch.keep_rows(self.round, received.experts, kept)
         self.mark = exchange.mark()
         return kept
 

@@ -187,18 +187,17 @@ class _Receive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token: Tensor, arrival: _Arrival, flight: Flight) -> tuple[Tensor, Tensor]:
         exchange, (received, where, turns) = flight.exchange, arrival
-        slot: SlotRows | None = SlotRows(flight.round)
-        source = exchange.slots.rows
-        if exchange.fp8:
-            source, slot = flight.keep_rows(received), None
-            flight.landed()
-        rows = gather_sum.gather_rows(source, where.order, where.offsets, exchange.top_k, slot)
+        slot, programs = flight.rows(flight.round, whole=exchange.fp8)
+        source = flight.keep_rows(received, slot, programs) if exchange.fp8 else exchange.slots.rows
+        rows = gather_sum.gather_rows(
+            source, where.order, where.offsets, exchange.top_k, None if exchange.fp8 else slot
+        )
         flight.landed()
         dispatch.release(flight.round)
         ctx.flight = flight
         ctx.save_for_backward(where.places, turns)
         ctx.set_materialize_grads(False)
-        return rows, torch.zeros_like(token)
+        return rows, torch.empty_like(token)
 
     @staticmethod
     @once_differentiable
@@ -220,7 +219,7 @@ class _Receive(torch.autograd.Function):
             combine.announce_sent(round_)
         flight.leaving, flight.mark = (*flight.leaving, gradient, places, turns), exchange.mark()
         flight.check()
-        return torch.zeros_like(token), None, None
+        return torch.empty_like(token), None, None
 
 
 class _Return(torch.autograd.Function):
@@ -234,7 +233,7 @@ class _Return(torch.autograd.Function):
             flight.combined, _ = flight.finish(None)  # as in expert_parallel: nobody else may end the round
         ctx.flight = flight
         ctx.save_for_backward(outputs, weights, where.order, where.offsets, where.places)
-        return torch.zeros_like(token)
+        return torch.empty_like(token)
 
     @staticmethod
     @once_differentiable
@@ -253,7 +252,7 @@ class _Return(torch.autograd.Function):
                 combine.wait_to_send(round_)
                 combine.push_weight_gradients(round_, products, places)
             flight.leaving, flight.mark = (products, places), exchange.mark()
-            token_gradient = torch.zeros_like(token)
+            token_gradient = torch.empty_like(token)
         else:
             # Nobody waits for these gradients: neither the hidden states nor the router needs one, on any rank.
             combine.release(round_)

@@ -30,6 +30,7 @@ from .layout import (
 from .machine import INTERPRETED, ceil_div, padded
 from .protocol import (
     CODE_EXPERT_OUT_OF_RANGE,
+    COMBINE_CREDIT,
     DISPATCH_COUNTS,
     DISPATCH_CREDIT,
     DISPATCH_EXPERTS,
@@ -47,6 +48,7 @@ from .protocol import (
     WORLD,
     Round,
     announce,
+    await_flag,
     fail,
     is_alive,
     own_region,
@@ -103,9 +105,9 @@ class Received(NamedTuple):
 @triton.jit(do_not_specialize=["entries"])
 def _push_routing(
     context, ticket, experts, weights, keys, entries,
-    NUM_LOCAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, ANNOUNCED: tl.constexpr, BLOCK: tl.constexpr,
+    NUM_LOCAL_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, PUTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ANNOUNCED: the only program for a peer raises its flag itself."""
+    """Without PUTS, the last program to finish says that the routing is there."""
     block, peer = tl.program_id(0), tl.program_id(1)
     world, rank = tl.load(context + WORLD), tl.load(context + RANK)
     entry = block * BLOCK + tl.arange(0, BLOCK)
@@ -135,9 +137,8 @@ def _push_routing(
         tl.store(region(context, peer, DISPATCH_WEIGHTS, tl.float32) + there, weight, mask=in_range)
         if block == 0:
             tl.store(region(context, peer, DISPATCH_COUNTS, tl.int32) + source, entries // TOP_K)
-        if ANNOUNCED and tl.num_programs(0) == 1:
-            tl.debug_barrier()
-            raise_flag(context, ticket, peer, ROUTING_ARRIVAL, 0)
+        if not PUTS:
+            _announce_by_last(context, ticket, tl.num_programs(0) * world, ROUTING_ARRIVAL, 0)
 
 
 @Kernel
@@ -234,12 +235,18 @@ def _push_rows(
         if PUTS:
             quiet()
         else:
-            tl.debug_barrier()
-            finished = tl.atomic_add(context + PUSHED, tl.full((), 1, tl.int64), sem="acq_rel", scope="sys")
-            if finished == tl.num_programs(0) - 1:
-                tl.store(context + PUSHED, tl.full((), 0, tl.int64))
-                for other in range(0, tl.load(context + WORLD)):
-                    raise_flag(context, ticket, other, ROWS_ARRIVAL, PLANE)
+            _announce_by_last(context, ticket, tl.num_programs(0), ROWS_ARRIVAL, PLANE)
+
+
+@triton.jit
+def _announce_by_last(context, ticket, programs, FLAGS: tl.constexpr, PLANE: tl.constexpr):
+    """The last of so many programs to come here raises this rank's flag at all, for what all of them have stored."""
+    tl.debug_barrier()
+    finished = tl.atomic_add(context + PUSHED, tl.full((), 1, tl.int64), sem="acq_rel", scope="sys")
+    if finished == programs - 1:
+        tl.store(context + PUSHED, tl.full((), 0, tl.int64))
+        for peer in range(0, tl.load(context + WORLD)):
+            raise_flag(context, ticket, peer, FLAGS, PLANE)
 
 
 @triton.jit
@@ -319,6 +326,17 @@ def _keep_rows(
 
 
 @Kernel
+@triton.jit
+def _release_arrived(context, ticket, THEN_SEND: tl.constexpr):
+    peer = tl.program_id(0).to(tl.int64)
+    await_flag(context, ticket, peer, ROWS_ARRIVAL, False, 0)
+    if is_alive(context) & (tl.load(context + PEERS + peer) != 0):
+        raise_flag(context, ticket, peer, DISPATCH_CREDIT, 0)
+    if THEN_SEND:
+        await_flag(context, ticket, peer, COMBINE_CREDIT, True, 0)
+
+
+@Kernel
 @triton.jit(do_not_specialize=["rows"])
 def _poison(context, wide, narrow, rows, INTERMEDIATE: tl.constexpr, BLOCK: tl.constexpr):
     if not is_alive(context):
@@ -346,11 +364,10 @@ def send_routing(round_: Round, experts: Tensor, weights: Tensor, num_local_expe
     blocks = max(ceil_div(entries, ROUTING_BLOCK), 1)
     _push_routing[(blocks, round_.world)](
         round_.context, round_.ticket, experts, weights, keys, entries,
-        NUM_LOCAL_EXPERTS=num_local_experts, TOP_K=experts.shape[1], ANNOUNCED=round_.puts is None, BLOCK=ROUTING_BLOCK,
+        NUM_LOCAL_EXPERTS=num_local_experts, TOP_K=experts.shape[1], PUTS=round_.puts is not None, BLOCK=ROUTING_BLOCK,
     )  # fmt: skip
     if round_.puts is not None:
         put.put_routing(round_, entries, experts.shape[1])
-    if round_.puts is not None or blocks > 1:
         announce(round_, ROUTING_ARRIVAL)
     where = local_layout(keys, round_.world * num_local_experts, ORDER_TILE_ROWS)
     return SendOrder(experts, where.order, where.offsets[-1:])
@@ -426,6 +443,14 @@ def keep_rows(round_: Round, experts: Tensor, kept: Tensor, *, fp8: bool = False
 def release(round_: Round) -> None:
     """Give the dispatch slot of this round back to its writers."""
     announce(round_, DISPATCH_CREDIT)
+
+
+def release_arrived(round_: Round, then_send: bool) -> None:
+    """``wait_rows``, ``release`` and, where this stream stores results at their owners next, ``combine.wait_to_send``,
+    in one launch: of each peer in turn, which is all that they need of each other."""
+    _release_arrived[(round_.world,)](round_.context, round_.ticket, THEN_SEND=then_send, num_warps=1)
+    if round_.puts is not None:
+        put.signal(round_, DISPATCH_CREDIT, 0)
 
 
 def poison_if_failed(context: Tensor, gate_up_gradient: Tensor, weighted_activation: Tensor) -> None:

@@ -215,10 +215,9 @@ def flag_index(context, ticket, FLAGS: tl.constexpr, PLANE: tl.constexpr):
     return slot * tl.load(context + WORLD)
 
 
-@Kernel
 @triton.jit
-def _wait(context, ticket, FLAGS: tl.constexpr, IS_CREDIT: tl.constexpr, PLANE: tl.constexpr):
-    peer = tl.program_id(0).to(tl.int64)
+def await_flag(context, ticket, peer, FLAGS: tl.constexpr, IS_CREDIT: tl.constexpr, PLANE: tl.constexpr):
+    """Wait for one flag of this round, to the bound."""
     epoch = tl.load(ticket)
     expected = epoch
     if IS_CREDIT:
@@ -236,6 +235,12 @@ def _wait(context, ticket, FLAGS: tl.constexpr, IS_CREDIT: tl.constexpr, PLANE: 
         # A row that came after a GEMM had given it up is as bad as none.
         if (seen < expected) | expired:
             fail(context, CODE_TIMEOUT, peer, tl.full((), FLAGS, tl.int64), epoch, expected, seen)
+
+
+@Kernel
+@triton.jit
+def _wait(context, ticket, FLAGS: tl.constexpr, IS_CREDIT: tl.constexpr, PLANE: tl.constexpr):
+    await_flag(context, ticket, tl.program_id(0).to(tl.int64), FLAGS, IS_CREDIT, PLANE)
 
 
 @triton.jit

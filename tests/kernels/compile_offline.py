@@ -249,6 +249,9 @@ def exchange_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
     yield "scalars", lambda: combine.push_weight_gradients(round_, parts, where.places)
     yield "scalars", lambda: combine.take_weight_gradients(round_, ids)
     yield "credit", lambda: combine.wait_to_send(round_)
+    yield "release", lambda: dispatch.release(round_)
+    for then_send in (False, True):
+        yield f"{then_send=}", lambda then_send=then_send: dispatch.release_arrived(round_, then_send)
     for extras in (Extras(), Extras(rows, rows), Extras(rows, None, rows[0], 1e-6)):
         for form in ((weights, 0), (None, 0), (None, EXPERTS)):
             a = (round_, ids, form[0], HIDDEN, dtype, form[1], extras)

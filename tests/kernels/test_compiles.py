@@ -19,7 +19,7 @@ HOPPER_GEMMS |= {"project_to_owner_kernel"}
 OTHERS = {
     "_gate", "_route", "_route_backward", "_count", "_sort", "_sum_entries", "_sum_parts", "_gather_rows",
     "_gather_weighted_rows", "_push_routing", "_push_rows", "_take_routing", "_keep_rows", "_poison", "_find_turns",
-    "_push_sums", "_push_scalars", "_take_scalars", "_sum", "_wait", "_announce", "_start_reduce",
+    "_push_sums", "_push_scalars", "_take_scalars", "_sum", "_wait", "_announce", "_release_arrived", "_start_reduce",
     "_finish_reduce",
 }  # fmt: skip
 PUTS = {"_put_routing", "_put_scalars", "_signal"}
@@ -29,7 +29,8 @@ CALL_ON_BLOCKS = {"_push_rows", "_push_sums", "_put_routing", "_put_scalars"}
 WITH_BFLOAT16 = {
     "_count", "_sort", "_route_backward",
     "_push_routing", "_push_rows", "_take_routing", "_keep_rows", "_poison", "_find_turns", "_push_sums",
-    "_push_scalars", "_take_scalars", "_sum", "_wait", "_announce", "_start_reduce", "_finish_reduce",
+    "_push_scalars", "_take_scalars", "_sum", "_wait", "_announce", "_release_arrived", "_start_reduce",
+    "_finish_reduce",
     "_gather_weighted_rows", "_project_to_owner", "project_to_owner_kernel", *PUTS,
 }  # fmt: skip
 
