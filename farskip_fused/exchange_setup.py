@@ -126,6 +126,7 @@ def _new_exchange(slots: Slots, world: int, shape: SlotShape, num_experts: int, 
         tile_rows=choose_tile_rows(shape.max_tokens * shape.top_k * world, num_experts, shape.dtype),
         capacity=min(worst, options.max_pairs or worst), programs=programs, gemm_programs=gemm_programs,
         keep_received=options.keep_received, presummed=options.combine == "presummed" or shape.staged, fp8=options.fp8,
+        staged=shape.staged,
     )  # fmt: skip
 
 

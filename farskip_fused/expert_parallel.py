@@ -5,7 +5,8 @@ dispatch, that of the experts stays where they are, that of dispatch is a combin
 is a token without elements; the data lies in the slots.
 
 Sending runs on a stream of its own with a share of the GPU's multiprocessors, the experts' GEMMs on the rest: they
-start on the rows that are there and store their results straight at the owners of the tokens.
+start on the rows that are there (by puts and as fp8 once all are) and store their results straight at the owners of the
+tokens.
 """
 
 from __future__ import annotations

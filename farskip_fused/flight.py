@@ -28,7 +28,7 @@ class Exchange:
     a peer would deadlock. capacity: entries that a rank's experts take. programs: multiprocessors that communication
     may take; gemm_programs: those that are left to GEMMs beside it. keep_received: backward finds the rows where
     forward copied them, instead of having them dispatched again. presummed: see ``kernels/combine.py``. fp8: rows
-    travel as e4m3.
+    travel as e4m3. staged: whether some peers are reached by puts, which raise no flag for a single row.
     """
 
     slots: Slots
@@ -41,6 +41,7 @@ class Exchange:
     keep_received: bool = True
     presummed: bool = False
     fp8: bool = False
+    staged: bool = False
 
     def open_round(self) -> tuple[Ticket, Round]:
         ticket, memory = self.slots.open_round(), self.slots.memory
@@ -109,11 +110,11 @@ class Flight:
     def rows(self, round_: Round, whole: bool = False) -> tuple[SlotRows, int]:
         """Those of a round for a GEMM, and its programs: it begins as rows come, on what communication leaves.
 
-        whole: it needs all of them first, as one by puts does, which raise no flag for a row. Then it begins once they
-        are here and this rank's have left, and takes what is free.
+        whole: it needs all of them first, as all GEMMs do with ``staged``. It then begins once they are here and this
+        rank's have left, and takes all multiprocessors unless a later round may be travelling.
         """
         slot = SlotRows(round_)
-        if not whole and round_.puts is None:
+        if not whole and not self.exchange.staged:
             return slot, self.exchange.gemm_programs
         self.landed()
         return slot.wait(), self.programs_once_landed()

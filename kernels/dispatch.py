@@ -447,7 +447,7 @@ def release(round_: Round) -> None:
 
 def release_arrived(round_: Round, then_send: bool) -> None:
     """``wait_rows``, ``release`` and, where this stream stores results at their owners next, ``combine.wait_to_send``,
-    in one launch: of each peer in turn, which is all that they need of each other."""
+    in one launch with a program for each peer: none of these steps depends on another peer's."""
     _release_arrived[(round_.world,)](round_.context, round_.ticket, THEN_SEND=then_send, num_warps=1)
     if round_.puts is not None:
         put.signal(round_, DISPATCH_CREDIT, 0)

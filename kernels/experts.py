@@ -141,8 +141,6 @@ def up_swiglu(
     column_dim, depth_dim = (2, 1) if transposed else (1, 2)
     twice_intermediate, hidden = w13.shape[column_dim], w13.shape[depth_dim]
     intermediate = twice_intermediate // 2
-    if slot is not None and slot.round_.puts is not None:
-        slot = slot.wait()  # puts raise no flags of single rows
     if hopper.usable(rows, layout.tile_rows, hidden, intermediate):
         return hopper_forward.up_swiglu(rows, layout, top_k, w13, keep_gate_up, transposed, choice, slot, programs)
     if slot is not None:

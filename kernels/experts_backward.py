@@ -131,8 +131,6 @@ def down_gradient_swiglu(
     """
     column_dim, depth_dim = (1, 2) if transposed else (2, 1)
     hidden, intermediate = w2.shape[depth_dim], w2.shape[column_dim]
-    if slot is not None and slot.round_.puts is not None:
-        slot = slot.wait()  # puts raise no flags of single rows
     if hopper.usable(output_gradient, layout.tile_rows, hidden, intermediate):
         return hopper_down_gradient.down_gradient_swiglu(
             output_gradient, weights, layout, w2, gate_up, transposed, slot, programs

@@ -46,7 +46,7 @@ PLANES = tl.constexpr(8)  # rows of a token that a round carries
 LINK_RATE = tl.constexpr(9)  # bytes a microsecond to which remote stores are paced, by benchmarks alone
 LINK_FREE_AT = tl.constexpr(10)  # nanosecond at which the paced link has sent what was stored so far
 EXPIRED = tl.constexpr(11)  # not 0 once a GEMM has waited for a row to its bound: later waits report at once
-PUSHED = tl.constexpr(12)  # programs that have stored their share of a dispatch or an all-reduce; 0 between them
+PUSHED = tl.constexpr(12)  # programs that have stored their share of routing, rows or an all-reduce; 0 between these
 # Byte offsets of the regions in every rank's symmetric buffer.
 DISPATCH_ROWS = tl.constexpr(13)  # [depth, plane, source, max_tokens, hidden]
 DISPATCH_SCALES = tl.constexpr(14)  # [depth, plane, source, max_tokens, hidden / 128] float32, of fp8 rows

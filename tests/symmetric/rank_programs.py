@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import farskip_fused as ff
 from farskip_fused import _C, reference
-from farskip_fused.kernels import layout
+from farskip_fused.kernels import dispatch, layout
 from farskip_fused.local_experts import LocalPending
 from tests.capture import capture
 from tests.numerics import RELATIVE_ERROR, assert_close, relative_error
@@ -125,6 +125,12 @@ def compare_with_world_of_one(
         worst = max(worst, relative_error(getattr(split, name).grad.cpu(), mine))
     assert worst <= RELATIVE_ERROR[dtype], f"relative error {worst:.3g}"
     return {"rank": memory.rank, "worst_relative_error": worst}
+
+
+def compare_with_routing_in_blocks(memory: ff.SymmetricMemory, *args: Any) -> dict[str, Any]:
+    """``compare_with_world_of_one`` where many programs push a rank's routing, as on a GPU."""
+    dispatch.ROUTING_BLOCK = 16
+    return compare_with_world_of_one(memory, *args)
 
 
 def delay(

@@ -30,6 +30,10 @@ def test_ranks_compute_what_one_rank_computes_under_skew(device, world, rounds, 
     assert [outcome["rank"] for outcome in outcomes] == list(range(world))
 
 
+def test_routing_that_many_programs_push_is_announced_once_all_of_it_is_there():
+    run_ranks(rank_programs.compare_with_routing_in_blocks, 2, 3, torch.float32, 0.05, {}, wait_timeout=60.0)
+
+
 @pytest.mark.timeout(900)  # on a busy machine the interpreter takes several times as long
 @pytest.mark.parametrize("device", RUNGS)
 def test_a_hundred_rounds_of_changing_shapes_stay_bitwise_equal(device):
