@@ -38,9 +38,12 @@ class NvshmemMemory(GroupMemory):
                 f"The backend 'nvshmem' needs nvshmem4py ({error}); run: pip install 'farskip-fused[nvshmem-cu13]'."
             ) from error
         super().__init__(group, device, timeout)
-        # Inside a node no network card is touched; multicast objects cannot be bound twice on a shared GPU.
+        # Inside a node no network card is touched, and a proxy thread would keep a processor of each rank busy for what
+        # is not used here: waits and exits that a kernel asks the host for.
         if len(set(self.gather(socket.gethostname()))) == 1:
             os.environ.setdefault("NVSHMEM_REMOTE_TRANSPORT", "none")
+            os.environ.setdefault("NVSHMEM_DISABLE_LOCAL_ONLY_PROXY", "1")
+        # Multicast objects cannot be bound twice on a shared GPU.
         os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")
         torch.cuda.set_device(device)
         cuda_device = Device(device.index)

@@ -27,7 +27,8 @@ def told(monkeypatch):
     monkeypatch.setattr(library_gemms, "_multiprocessors", lambda device: 132)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: told.handle)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(wait_event=lambda event: None))
+    event = SimpleNamespace(record=lambda stream: None, wait=lambda: None)
+    monkeypatch.setattr(torch, "Event", lambda device: event)
     library_gemms._busy.clear()
     return told
 
@@ -36,7 +37,7 @@ def told(monkeypatch):
 def memory(told):
     """On CPU, with a stand-in for the communication stream."""
     memory = LocalMemory(torch.device("cpu"), timeout=60.0)
-    memory.stream = SimpleNamespace(record_event=object)
+    memory.stream = object()
     return memory
 
 
