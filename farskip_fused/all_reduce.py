@@ -17,12 +17,11 @@ from torch import Tensor
 from farskip_fused.checks import DTYPES, check_integer, check_not_capturing, check_tensor, check_tokens
 from farskip_fused.errors import UsageError
 from farskip_fused.exchange_setup import WARM_UP_TOKENS, load_kernels, share_multiprocessors
-from farskip_fused.kernels import all_reduce
-from farskip_fused.kernels.all_reduce import ReduceRound, unit_of
+from farskip_fused.kernels.all_reduce import Reducer, unit_of
 from farskip_fused.kernels.machine import aligned
 from farskip_fused.symmetric import SymmetricMemory
 from farskip_fused.symmetric.interface import join
-from farskip_fused.symmetric.slots import MINIMUM_DEPTH, Rounds, Ticket, open_once, padded_regions
+from farskip_fused.symmetric.slots import MINIMUM_DEPTH, Rounds, open_once, padded_regions
 
 # One shot as long as a rank's message times the number of ranks is no more: 512 KiB between 4, 256 KiB between 8. Two
 # shots send (W - 1) (1 - 2 / W) messages less and cost one more wait for the slowest rank, some 4 us. Between two ranks
@@ -40,7 +39,7 @@ def largest_in_one_shot(world: int) -> int:
 class ReduceShape:
     """What the slots of an all-reduce must hold; the same at every rank.
 
-    one_shot_bytes: largest message that goes in one shot. programs: of ``ReduceRound``.
+    one_shot_bytes: largest message that goes in one shot. programs: of ``Reducer``.
     """
 
     max_tokens: int
@@ -141,24 +140,18 @@ class AllReduce:
         memory, shape = self.memory, self.shape
         check_not_capturing(memory.device)
         load_kernels(memory, self._launch_all)
-        self._slots = open_once(memory, shape, lambda: _Slots(memory, shape))
+        self._slots = open_once(memory, shape, lambda: _Slots(memory, shape, self._finish_programs))
         memory.synchronize()
         memory.barrier()
 
     def _launch_all(self, scratch: SymmetricMemory) -> None:
         # Slots for two shots have room for one of as many tokens, between so few ranks.
-        slots = _Slots(scratch, replace(self.shape, max_tokens=WARM_UP_TOKENS, one_shot_bytes=0))
+        shape = replace(self.shape, max_tokens=WARM_UP_TOKENS, one_shot_bytes=0)
+        slots = _Slots(scratch, shape, self._finish_programs)
         x = torch.zeros(WARM_UP_TOKENS, self.shape.hidden_size, dtype=self.shape.dtype, device=scratch.device)
         for two_shot in (False, True):
             for residual in (None, x):
-                PendingSum(slots, self._round(slots), x, two_shot).finish(residual=residual)
-
-    def _round(self, slots: _Slots) -> tuple[Ticket, ReduceRound]:
-        ticket, paced = slots.take_ticket(), self.memory.link_rate is not None
-        return ticket, ReduceRound(
-            slots.context, ticket.words, self.memory.world, self.shape.programs, self._finish_programs,
-            slots.source_units, paced,
-        )  # fmt: skip
+                PendingSum(slots, x, two_shot).finish(residual=residual)
 
     def start(self, x: Tensor) -> PendingSum:
         """Launch the sum over all ranks of x [..., H]; returns at once.
@@ -182,9 +175,7 @@ class AllReduce:
             raise UsageError(f"Addends on {x.device} were given; the all-reduce is on {self.memory.device}.")
         rows = x.reshape(-1, shape.hidden_size)
         check_tokens(rows.shape[0], shape.max_tokens)
-        pending = PendingSum(
-            self._slots, self._round(self._slots), aligned(rows), rows.shape[0] > shape.one_shot_tokens
-        )
+        pending = PendingSum(self._slots, aligned(rows), rows.shape[0] > shape.one_shot_tokens)
         pending.output_shape = x.shape
         self.memory.check()
         return pending
@@ -197,14 +188,14 @@ class AllReduce:
 class PendingSum:
     """An all-reduce in flight; made by ``AllReduce.start``."""
 
-    def __init__(self, slots: _Slots, opened: tuple[Ticket, ReduceRound], rows: Tensor, two_shot: bool) -> None:
+    def __init__(self, slots: _Slots, rows: Tensor, two_shot: bool) -> None:
         self._slots, self._rows, self._two_shot = slots, rows, two_shot
-        self._ticket, self._round = opened
+        self._ticket = slots.take_ticket()
         self.output_shape = rows.shape
         self._finished = False
         with slots.memory.beside():
-            all_reduce.start(self._round, rows, two_shot)
-        self._mark = slots.memory.mark(all_reduce.programs_of(self._round, rows, two_shot))
+            slots.reducer.start(self._ticket.words, rows, two_shot)
+        self._mark = slots.memory.mark(slots.reducer.programs_of(rows.shape[0], two_shot))
 
     def landed(self) -> None:
         """Let this stream wait until ``start``'s kernel has run.
@@ -231,15 +222,18 @@ class PendingSum:
         self._finished = True
         self.landed()
         result = rows if in_place else torch.empty_like(rows)
-        all_reduce.finish(self._round, rows, residual, self._two_shot, result)
+        self._slots.reducer.finish(self._ticket.words, rows, residual, self._two_shot, result)
         self._slots.close_round(self._ticket)
         self._slots.memory.check()
         return result.reshape(self.output_shape)
 
 
 class _Slots(Rounds):
-    """source_units: see ``ReduceShape``."""
+    """finish_programs: see ``Reducer``."""
 
-    def __init__(self, memory: SymmetricMemory, shape: ReduceShape) -> None:
+    def __init__(self, memory: SymmetricMemory, shape: ReduceShape, finish_programs: int) -> None:
         super().__init__(memory, shape.regions(memory.world), depth=shape.depth, max_tokens=shape.max_tokens)
-        self.source_units = shape.source_units(memory.world)
+        self.reducer = Reducer(
+            self.context, memory.world, shape.programs, finish_programs, shape.source_units(memory.world),
+            shape.hidden_size, shape.dtype.itemsize, paced=memory.link_rate is not None,
+        )  # fmt: skip

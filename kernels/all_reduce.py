@@ -16,7 +16,6 @@ barrier ends them, is what protocol.py says.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -60,23 +59,6 @@ SUMMED_IN_FINISH = {"SUMMED": 1024, "SOURCES": 4}
 # Below so many units for each, fewer programs share the work.
 UNITS_OF_PROGRAM = 16 if INTERPRETED else 1024
 FEWEST_LANES = 32
-
-
-class ReduceRound(NamedTuple):
-    """A round of an all-reduce as kernels see it.
-
-    context, ticket: see protocol.py, on the device. world: ranks. programs: of 16 warps each, one a multiprocessor,
-    what communication may take of the GPU; a rank has as many flags. finish_programs: what taking the sums may take.
-    source_units: of the region of each source. paced: see ``protocol.Round``.
-    """
-
-    context: Tensor
-    ticket: Tensor
-    world: int
-    programs: int
-    finish_programs: int
-    source_units: int
-    paced: bool = False
 
 
 def unit_of(hidden: int, itemsize: int) -> int:
@@ -306,44 +288,73 @@ def _finish_reduce(
         _raise_flags(context, tl.load(ticket + TICKET_EPOCH), slot_of(context, ticket), REDUCE_CREDIT, 0, 1, LANES)
 
 
-def _constants(round_: ReduceRound, hidden: int, itemsize: int, two_shot: bool) -> dict[str, int | bool]:
-    return {
-        "HIDDEN": hidden, "UNIT": unit_of(hidden, itemsize), "TWO_SHOT": two_shot, "FLAGS_OF_RANK": round_.programs,
-        "LANES": max(padded(round_.world), FEWEST_LANES), "num_warps": WARPS,
-    }  # fmt: skip
+class Reducer:
+    """What all-reduces of rows [T, hidden] over one context are launched by; ticket and context: see protocol.py.
 
-
-def programs_of(round_: ReduceRound, rows: Tensor, two_shot: bool) -> int:
-    """How many share the rows; the same at every rank, since each flag is one program's."""
-    units = rows.numel() // unit_of(rows.shape[1], rows.itemsize)
-    part = ceil_div(units, round_.world) if two_shot else units
-    return min(max(ceil_div(part, UNITS_OF_PROGRAM), 1), round_.programs)
-
-
-def start(round_: ReduceRound, rows: Tensor, two_shot: bool) -> None:
-    """Open the round and bring rows [T, H] to where they are summed; in two shots, the sums to every rank.
-
-    T is the same at every rank. Launches of one context must follow one another on one stream.
+    world: ranks. programs: of 16 warps each, one a multiprocessor, what communication may take of the GPU; a rank has
+    as many flags. finish_programs: what taking the sums may take. source_units: of the region of each source. paced:
+    see ``protocol.Round``.
     """
-    _start_reduce[(programs_of(round_, rows, two_shot),)](
-        round_.context, round_.ticket, rows, rows.shape[0], round_.source_units,
-        **_constants(round_, rows.shape[1], rows.itemsize, two_shot), **SUMMED_IN_START,
-        PACED=round_.paced, COPIED=COPIED_AT_ONCE,
-    )  # fmt: skip
 
+    def __init__(
+        self,
+        context: Tensor,
+        world: int,
+        programs: int,
+        finish_programs: int,
+        source_units: int,
+        hidden: int,
+        itemsize: int,
+        paced: bool = False,
+    ) -> None:
+        self.context, self.source_units = context, source_units
+        self._world, self._programs, self._finish_programs = world, programs, finish_programs
+        self._units_of_row = hidden // unit_of(hidden, itemsize)
+        constants = {
+            "HIDDEN": hidden, "UNIT": unit_of(hidden, itemsize), "FLAGS_OF_RANK": programs,
+            "LANES": max(padded(world), FEWEST_LANES), "num_warps": WARPS,
+        }  # fmt: skip
+        of_start = {**constants, **SUMMED_IN_START, "PACED": paced, "COPIED": COPIED_AT_ONCE}
+        of_finish = {**constants, **SUMMED_IN_FINISH}
+        shots = (False, True)
+        self._start = {two: _start_reduce.of_one_form(**of_start, TWO_SHOT=two) for two in shots}
+        # With a residual and without.
+        self._finish = {
+            (two, adds): _finish_reduce.of_one_form(**of_finish, TWO_SHOT=two) for two in shots for adds in shots
+        }
+        self._grids: dict[tuple[int, bool], tuple[int, int]] = {}
 
-def finish(round_: ReduceRound, rows: Tensor, residual: Tensor | None, two_shot: bool, result: Tensor) -> None:
-    """Wait for the sums of all ranks' rows, add a residual where given, and release the slot.
+    def programs_of(self, tokens: int, two_shot: bool) -> int:
+        """How many share the rows; the same at every rank, since each flag is one program's."""
+        return self._grid(tokens, two_shot)[0]
 
-    rows: those of ``start``. residual: [T, H] of their dtype. result: [T, H], may be the rows; gets the same bits at
-    every rank where the residual is the same; NaN once the context has failed.
-    """
-    programs = programs_of(round_, rows, two_shot)
-    units = rows.numel() // unit_of(rows.shape[1], rows.itemsize)
-    pieces = min(
-        max(ceil_div(units, programs * SUMMED_IN_FINISH["SUMMED"]), 1), max(round_.finish_programs // programs, 1)
-    )
-    _finish_reduce[(programs, pieces)](
-        round_.context, round_.ticket, rows, residual, result, rows.shape[0], round_.source_units,
-        **_constants(round_, rows.shape[1], rows.itemsize, two_shot), **SUMMED_IN_FINISH,
-    )  # fmt: skip
+    def _grid(self, tokens: int, two_shot: bool) -> tuple[int, int]:
+        """Programs that share the rows, and into how many pieces their shares are cut where the sums are taken."""
+        if (tokens, two_shot) not in self._grids:
+            units = tokens * self._units_of_row
+            part = ceil_div(units, self._world) if two_shot else units
+            programs = min(max(ceil_div(part, UNITS_OF_PROGRAM), 1), self._programs)
+            wanted = max(ceil_div(units, programs * SUMMED_IN_FINISH["SUMMED"]), 1)
+            self._grids[tokens, two_shot] = programs, min(wanted, max(self._finish_programs // programs, 1))
+        return self._grids[tokens, two_shot]
+
+    def start(self, ticket: Tensor, rows: Tensor, two_shot: bool) -> None:
+        """Open the round and bring rows [T, H] to where they are summed; in two shots, the sums to every rank.
+
+        rows: contiguous, aligned. T is the same at every rank. Launches of one context must follow one another on one
+        stream.
+        """
+        tokens = rows.shape[0]
+        grid = (self.programs_of(tokens, two_shot),)
+        self._start[two_shot](grid, self.context, ticket, rows, tokens, self.source_units)
+
+    def finish(self, ticket: Tensor, rows: Tensor, residual: Tensor | None, two_shot: bool, result: Tensor) -> None:
+        """Wait for the sums of all ranks' rows, add a residual where given, and release the slot.
+
+        rows: those of ``start``. residual: [T, H] of their dtype, aligned. result: [T, H], may be the rows; gets the
+        same bits at every rank where the residual is the same; NaN once the context has failed.
+        """
+        tokens = rows.shape[0]
+        launch = self._finish[two_shot, residual is not None]
+        grid = self._grid(tokens, two_shot)
+        launch(grid, self.context, ticket, rows, residual, result, tokens, self.source_units)

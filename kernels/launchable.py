@@ -37,23 +37,51 @@ class Kernel:
         return self.function[grid] if INTERPRETED else partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        self._find_and_launch(grid, arguments, constants)
+
+    def _find_and_launch(
+        self, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]
+    ) -> tuple[Any, tuple[Any, ...]] | None:
+        """The form that was launched, and its constants' values; None where nothing was launched."""
         key = driver.active.get_current_device(), *map(_form, arguments), *constants.items()
         found, noted = self._compiled.get(key), _noted
         if noted is not None:
             if found is None:
                 noted[self, key] = partial(self.function.warmup, *arguments, grid=grid, **constants)
-            return
+            return None
         if found is not None:
             compiled, values = found
             compiled[(*grid, 1, 1)[:3]](*arguments, *values)
-            return
+            return found
         parameters, named = self.function.params[: len(arguments)], self.function.params[len(arguments) :]
         # The key does not tell one constant among the arguments from another.
         assert not any(each.is_constexpr for each in parameters) and all(each.is_constexpr for each in named)
         compiled = self.function[grid](*arguments, **constants)
-        if compiled is not None:  # a stand-in that only compiles returns nothing
-            values = tuple(constants.get(parameter.name, parameter.default) for parameter in named)
-            self._compiled[key] = compiled, values
+        if compiled is None:  # a stand-in that only compiles returns nothing
+            return None
+        found = compiled, tuple(constants.get(parameter.name, parameter.default) for parameter in named)
+        self._compiled[key] = found
+        return found
+
+    def of_one_form(self, **constants: Any) -> Callable[..., None]:
+        """``launch(grid, *arguments)`` with these constants, for arguments that Triton compiles one form for.
+
+        Only the first launch looks at them, which is most of what the others cost: dtypes, addresses divisible by 16,
+        what is None and what an integer fits must be the same in all, on one device.
+        """
+        form: tuple[Any, tuple[Any, ...]] | None = None
+
+        def launch(grid: tuple[int, ...], *arguments: Any) -> None:
+            nonlocal form
+            if INTERPRETED:
+                self.function[grid](*arguments, **constants)
+            elif form is None or _noted is not None:
+                form = self._find_and_launch(grid, arguments, constants)
+            else:
+                compiled, values = form
+                compiled[(*grid, 1, 1)[:3]](*arguments, *values)
+
+        return launch
 
 
 def _form(argument: Any) -> Any:

@@ -257,13 +257,14 @@ def exchange_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
             a = (round_, ids, form[0], HIDDEN, dtype, form[1], extras)
             yield f"wait presummed_by={form[1]}", lambda a=a: combine.combine_wait(*a)
     for paced, two_shot in itertools.product((False, True), repeat=2):
-        reduction = all_reduce.ReduceRound(context, context, 4, 8, MULTIPROCESSORS, 4096, paced)
         for addends in (rows, torch.empty(TOKENS, HIDDEN - 2, dtype=dtype), torch.empty(TOKENS, HIDDEN)):
-            a = (reduction, addends, two_shot)
-            yield f"{paced=} {two_shot=}", lambda a=a: all_reduce.start(*a)
+            shape = addends.shape[1], addends.itemsize
+            reducer = all_reduce.Reducer(context, 4, 8, MULTIPROCESSORS, 4096, *shape, paced)
+            a = (reducer.start, context, addends, two_shot)
+            yield f"{paced=} {two_shot=}", lambda a=a: a[0](*a[1:])
             for residual in (None, addends) if not paced else ():
-                a = (reduction, addends, residual, two_shot, torch.empty_like(addends))
-                yield f"{two_shot=}", lambda a=a: all_reduce.finish(*a)
+                a = (reducer.finish, context, addends, residual, two_shot, torch.empty_like(addends))
+                yield f"{two_shot=}", lambda a=a: a[0](*a[1:])
     slots = [SlotRows(round_), SlotRows(round_, arrived=True)]
     yield (
         "weighted",

@@ -140,8 +140,23 @@ SOURCES = [*sorted((ROOT / "kernels").glob("*.py")), ROOT / "bench" / "pull.py"]
 def test_whatever_is_launched_is_a_kernel(path):
     text = path.read_text()
     launched = set(re.findall(r"^ +(\w+)\[(?:\(|grid\])", text, re.MULTILINE)) - {"compiled"}
+    launched |= set(re.findall(r"(\w+)\.of_one_form\(", text))
     decorated = set(re.findall(r"^ *@Kernel\n *@\w+\.jit(?:\([^\n]*\))?\n *def (\w+)", text, re.MULTILINE))
     assert launched == decorated
+
+
+def test_launches_of_one_form_look_at_the_first_arguments_alone(function, without_gpu):
+    kernel = launchable.Kernel(function)
+    launch = kernel.of_one_form(SIZE=8, KEEP=True)
+    values, others = torch.empty(16), torch.empty(16)
+    assert launchable.compile_ahead(lambda: launch((1,), values, 32), torch.device("cuda"))
+    assert function.ahead == [(32, 8)]
+    assert function.compiled == []
+    launch((3,), values, 32)
+    kernel[(4,)](others, 48, SIZE=8, KEEP=True)
+    launch((5, 2), others, 33)
+    assert len(function.compiled) == 1
+    assert function.launched == [(1, (4, 1, 1), (others, 48, 8, True)), (1, (5, 2, 1), (others, 33, 8, True))]
 
 
 def test_constants_among_the_arguments_are_refused(function):
