@@ -140,18 +140,21 @@ class AllReduce:
         memory, shape = self.memory, self.shape
         check_not_capturing(memory.device)
         load_kernels(memory, self._launch_all)
-        self._slots = open_once(memory, shape, lambda: _Slots(memory, shape, self._finish_programs))
+        self._slots = open_once(memory, shape, lambda: self._make_slots(memory, shape))
         memory.synchronize()
         memory.barrier()
 
     def _launch_all(self, scratch: SymmetricMemory) -> None:
         # Slots for two shots have room for one of as many tokens, between so few ranks.
-        shape = replace(self.shape, max_tokens=WARM_UP_TOKENS, one_shot_bytes=0)
-        slots = _Slots(scratch, shape, self._finish_programs)
+        slots = self._make_slots(scratch, replace(self.shape, max_tokens=WARM_UP_TOKENS, one_shot_bytes=0))
         x = torch.zeros(WARM_UP_TOKENS, self.shape.hidden_size, dtype=self.shape.dtype, device=scratch.device)
         for two_shot in (False, True):
             for residual in (None, x):
                 PendingSum(slots, x, two_shot).finish(residual=residual)
+
+    def _make_slots(self, memory: SymmetricMemory, shape: ReduceShape) -> _Slots:
+        # Kernels are compiled for the number of ranks, which the memory of a warm-up does not have.
+        return _Slots(memory, shape, self.memory.world, self._finish_programs)
 
     def start(self, x: Tensor) -> PendingSum:
         """Launch the sum over all ranks of x [..., H]; returns at once.
@@ -229,11 +232,11 @@ class PendingSum:
 
 
 class _Slots(Rounds):
-    """finish_programs: see ``Reducer``."""
+    """world, finish_programs: see ``Reducer``."""
 
-    def __init__(self, memory: SymmetricMemory, shape: ReduceShape, finish_programs: int) -> None:
+    def __init__(self, memory: SymmetricMemory, shape: ReduceShape, world: int, finish_programs: int) -> None:
         super().__init__(memory, shape.regions(memory.world), depth=shape.depth, max_tokens=shape.max_tokens)
         self.reducer = Reducer(
-            self.context, memory.world, shape.programs, finish_programs, shape.source_units(memory.world),
+            self.context, world, shape.programs, finish_programs, shape.source_units(memory.world),
             shape.hidden_size, shape.dtype.itemsize, paced=memory.link_rate is not None,
         )  # fmt: skip

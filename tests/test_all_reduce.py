@@ -1,12 +1,14 @@
 """All-reduces give every rank the same bits: those of float32 sums in the order of ranks, rounded once."""
 
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import farskip_fused as ff
 from farskip_fused.kernels import protocol
+from farskip_fused.kernels.launchable import Kernel
 from farskip_fused.launch import run_ranks
 from tests.capture import capture
 from tests.numerics import DEVICE
@@ -48,6 +50,16 @@ def test_the_sum_of_one_rank_is_its_addend_and_a_residual_is_added_as_a_separate
         assert torch.equal(all_reduce(x), x)
         assert torch.equal(all_reduce(x, residual=residual), residual + x)
     memory.synchronize()
+
+
+def test_kernels_are_loaded_for_as_many_ranks_as_there_are(monkeypatch):
+    lanes = []
+    monkeypatch.setattr(Kernel, "of_one_form", lambda kernel, **constants: lanes.append(constants["LANES"]))
+    monkeypatch.setattr("farskip_fused.all_reduce.PendingSum", lambda *launched: Mock())
+    memory = ff.init(device=DEVICE)
+    memory.world = 72
+    ff.AllReduce(memory, max_tokens=20, hidden_size=33)._launch_all(ff.init(device=DEVICE))
+    assert set(lanes) == {128}
 
 
 def sum_under_skew(memory, rounds, max_tokens, hidden, dtype, worst_delay):

@@ -90,7 +90,10 @@ class SymmetricMemory(ABC):
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """Launch what follows on the communication stream, after what this stream has been given so far."""
+        """Launch what follows on the communication stream, after what this stream has been given so far.
+
+        The memory's device must be the current one, as it is for whatever launches kernels.
+        """
         if self.stream is None:
             yield
             return
@@ -99,7 +102,7 @@ class SymmetricMemory(ABC):
         given = torch.Event(self.device)
         given.record()
         given.wait(self.stream)
-        current = torch.cuda.current_stream()
+        current = torch.cuda.current_stream(self.device)
         torch.cuda.set_stream(self.stream)
         try:
             yield

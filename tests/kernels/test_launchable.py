@@ -157,6 +157,11 @@ def test_launches_of_one_form_look_at_the_first_arguments_alone(function, withou
     launch((5, 2), others, 33)
     assert len(function.compiled) == 1
     assert function.launched == [(1, (4, 1, 1), (others, 48, 8, True)), (1, (5, 2, 1), (others, 33, 8, True))]
+    assert not launchable.compile_ahead(lambda: launch((1,), values, 32), torch.device("cuda"))
+    assert len(function.launched) == 2
+    launch((6,), values, 32)
+    assert function.launched[2] == (1, (6, 1, 1), (values, 32, 8, True))
+    assert len(function.compiled) == 1
 
 
 def test_constants_among_the_arguments_are_refused(function):

@@ -1,6 +1,5 @@
 import ctypes
 from threading import Thread
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,18 +26,55 @@ def told(monkeypatch):
     monkeypatch.setattr(library_gemms, "_multiprocessors", lambda device: 132)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: told.handle)
-    event = SimpleNamespace(record=lambda stream: None, wait=lambda: None)
-    monkeypatch.setattr(torch, "Event", lambda device: event)
     library_gemms._busy.clear()
     return told
 
 
 @pytest.fixture
-def memory(told):
+def stream_calls(monkeypatch):
+    """What is done with events, and which stream becomes the current one, in order."""
+    calls = []
+
+    class Event:
+        def __init__(self, device):
+            pass
+
+        def record(self, stream="current"):
+            calls.append(("record", stream))
+
+        def wait(self, stream="current"):
+            calls.append(("wait", stream))
+
+    monkeypatch.setattr(torch, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: calls.append(("set", stream)))
+    return calls
+
+
+@pytest.fixture
+def memory(told, stream_calls):
     """On CPU, with a stand-in for the communication stream."""
     memory = LocalMemory(torch.device("cpu"), timeout=60.0)
-    memory.stream = object()
+    memory.stream = "communication"
     return memory
+
+
+def test_what_is_launched_beside_follows_this_stream_and_is_awaited_where_it_is_joined(memory, stream_calls):
+    with memory.beside():
+        stream_calls.append("launch")
+    mark = memory.mark(8)
+    stream_calls.append("computation")
+    join(mark)
+    assert stream_calls == [
+        ("record", "current"), ("wait", "communication"), ("set", "communication"), "launch", ("set", "current"),
+        ("record", "communication"), "computation", ("wait", "current"),
+    ]  # fmt: skip
+
+
+def test_the_stream_is_this_one_again_after_a_launch_that_failed(memory, stream_calls):
+    with pytest.raises(ValueError, match="no"), memory.beside():
+        raise ValueError("no")
+    assert stream_calls[-2:] == [("set", "communication"), ("set", "current")]
 
 
 def test_gemms_leave_multiprocessors_until_all_that_travels_is_joined(memory, told):
