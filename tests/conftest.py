@@ -38,10 +38,13 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     from farskip_fused.kernels.launchable import Kernel
 
     names: list[str] = []
-    launch = Kernel.__getitem__
-    monkeypatch.setattr(
-        Kernel, "__getitem__", lambda kernel, grid: names.append(kernel.function.fn.__name__) or launch(kernel, grid)
-    )
+    launch, bind = Kernel.__getitem__, Kernel.of_one_form
+
+    def noted(kernel, launch_it):
+        return lambda *arguments, **named: names.append(kernel.function.fn.__name__) or launch_it(*arguments, **named)
+
+    monkeypatch.setattr(Kernel, "__getitem__", lambda kernel, grid: noted(kernel, launch(kernel, grid)))
+    monkeypatch.setattr(Kernel, "of_one_form", lambda kernel, **constants: noted(kernel, bind(kernel, **constants)))
     return names
 
 
