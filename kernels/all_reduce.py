@@ -316,11 +316,13 @@ class Reducer:
         }  # fmt: skip
         of_start = {**constants, **SUMMED_IN_START, "PACED": paced, "COPIED": COPIED_AT_ONCE}
         of_finish = {**constants, **SUMMED_IN_FINISH}
-        shots = (False, True)
-        self._start = {two: _start_reduce.of_one_form(**of_start, TWO_SHOT=two) for two in shots}
-        # With a residual and without.
+        either = (False, True)
+        self._start = {two_shot: _start_reduce.of_one_form(**of_start, TWO_SHOT=two_shot) for two_shot in either}
+        # A residual is another form.
         self._finish = {
-            (two, adds): _finish_reduce.of_one_form(**of_finish, TWO_SHOT=two) for two in shots for adds in shots
+            (two_shot, has_residual): _finish_reduce.of_one_form(**of_finish, TWO_SHOT=two_shot)
+            for two_shot in either
+            for has_residual in either
         }
         self._grids: dict[tuple[int, bool], tuple[int, int]] = {}
 

@@ -33,15 +33,10 @@ class Kernel:
         self.function = function
         self._compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         return self.function[grid] if INTERPRETED else partial(self._launch, grid)
 
-    def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        self._find_and_launch(grid, arguments, constants)
-
-    def _find_and_launch(
-        self, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]
-    ) -> tuple[Any, tuple[Any, ...]] | None:
+    def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> tuple[Any, tuple[Any, ...]] | None:
         """The form that was launched, and its constants' values; None where nothing was launched."""
         key = driver.active.get_current_device(), *map(_form, arguments), *constants.items()
         found, noted = self._compiled.get(key), _noted
@@ -76,7 +71,7 @@ class Kernel:
             if INTERPRETED:
                 self.function[grid](*arguments, **constants)
             elif form is None or _noted is not None:
-                form = self._find_and_launch(grid, arguments, constants)
+                form = self._launch(grid, *arguments, **constants)
             else:
                 compiled, values = form
                 compiled[(*grid, 1, 1)[:3]](*arguments, *values)
