@@ -29,8 +29,8 @@ def extensions() -> list[Extension]:
         return []
     extension = Pybind11Extension(
         "farskip_fused._C",
-        ["csrc/module.cpp", "csrc/status.cpp"],
-        depends=["csrc/status.h", "csrc/layout.h", "csrc/device.h", "csrc/device.cu"],
+        ["csrc/driver.cpp", "csrc/launch.cpp", "csrc/module.cpp", "csrc/status.cpp"],
+        depends=["csrc/device.cu", *(f"csrc/{name}.h" for name in ("device", "driver", "launch", "layout", "status"))],
         cxx_std=17,
         extra_compile_args=["-O3", "-Wall", "-Wextra"],
         libraries=["dl"],

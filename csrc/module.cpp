@@ -1,7 +1,14 @@
 // farskip_fused._C: what Triton cannot do. No libtorch: raw addresses, stream handles and numpy arrays.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "launch.h"
 #include "layout.h"
 #include "status.h"
 #ifdef FARSKIP_CUDA
@@ -51,6 +58,57 @@ py::tuple layout(const py::array& experts, int64_t num_experts) {
                        "; use int32 or int64.");
 }
 
+Launch make_launch(std::uintptr_t function, unsigned threads, unsigned shared_bytes,
+                   const std::vector<std::string>& types) {
+  std::vector<Argument> arguments;
+  for (const std::string& type : types) {
+    if (!type.empty() && type[0] == '*') {
+      arguments.push_back(Argument::kPointer);
+    } else if (type == "i32") {
+      arguments.push_back(Argument::kInt32);
+    } else if (type == "i64") {
+      arguments.push_back(Argument::kInt64);
+    } else if (type == "constexpr") {
+      arguments.push_back(Argument::kLeftOut);
+    } else {
+      throw py::value_error("An argument is of type " + type + "; a launch takes pointers, i32, i64 and constexpr.");
+    }
+  }
+  return Launch(function, threads, shared_bytes, std::move(arguments));
+}
+
+int64_t value_of(const py::handle& argument, Argument kind) {
+  if (kind == Argument::kPointer) {
+    static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+    const auto address = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(argument.ptr(), data_ptr));
+    if (!address) throw py::error_already_set();
+    return static_cast<int64_t>(address.cast<std::uintptr_t>());
+  }
+  const int64_t value = argument.cast<int64_t>();
+  if (kind == Argument::kInt32 && value != static_cast<int32_t>(value)) {
+    throw py::value_error("An argument is " + std::to_string(value) + " and the kernel takes 32 bits of it.");
+  }
+  return value;
+}
+
+void launch(const Launch& kernel, std::uintptr_t stream, const py::tuple& grid, const py::args& given) {
+  const std::vector<Argument>& kinds = kernel.arguments();
+  if (given.size() != kinds.size()) {
+    throw py::type_error("The kernel takes " + std::to_string(kinds.size()) + " arguments and got " +
+                         std::to_string(given.size()) + ".");
+  }
+  if (grid.size() > 3) throw py::value_error("A grid has three dimensions at most.");
+  std::array<unsigned, 3> programs = {1, 1, 1};
+  for (std::size_t axis = 0; axis < grid.size(); ++axis) programs[axis] = grid[axis].cast<unsigned>();
+  std::vector<int64_t> values;
+  values.reserve(kinds.size());
+  for (std::size_t at = 0; at < kinds.size(); ++at) {
+    if (kinds[at] != Argument::kLeftOut) values.push_back(value_of(given[at], kinds[at]));
+  }
+  py::gil_scoped_release release;  // it waits where the stream has no room
+  kernel(stream, programs, values);
+}
+
 #ifdef FARSKIP_CUDA
 void checked_hold(std::uintptr_t stream, int64_t blocks, int64_t microseconds, bool exclusive) {
   if (blocks < 1 || blocks > INT32_MAX) {
@@ -69,8 +127,10 @@ void checked_hold(std::uintptr_t stream, int64_t blocks, int64_t microseconds, b
 }  // namespace farskip
 
 PYBIND11_MODULE(_C, module) {
+  using farskip::Launch;
   using farskip::StatusBlock;
-  module.doc() = "What Triton cannot do: host-visible status, routing layout on the CPU, residency on the GPU.";
+  module.doc() = "What Triton cannot do: host-visible status, launches without Python, routing layout on the CPU, residency on the "
+                 "GPU.";
 
   py::class_<StatusBlock>(module, "StatusBlock",
                           "A page of host memory where kernels report an expired wait: seven 64-bit words, code, rank, "
@@ -83,6 +143,17 @@ PYBIND11_MODULE(_C, module) {
            "without a driver or a context.")
       .def("read", &farskip::read_status, "The report as a dict, or None while nothing has happened.")
       .def("clear", &StatusBlock::clear, "Forget the report; no kernel may be writing.");
+
+  py::class_<Launch>(module, "Launch", "A kernel that Triton has compiled and loaded, launched without Python.")
+      .def(py::init(&farskip::make_launch), py::arg("function"), py::arg("threads"), py::arg("shared_bytes"),
+           py::arg("types"),
+           "function: its CUfunction. threads: of a block. shared_bytes: dynamic shared memory of a block. types: of the "
+           "arguments in order, as Triton names them: pointers, i32, i64, and constexpr for what is not passed. Raises "
+           "ValueError for another type and RuntimeError without a driver.")
+      .def("__call__", &farskip::launch, py::arg("stream"), py::arg("grid"),
+           "Launch on a CUDA stream (its handle) a grid of up to three dimensions with the arguments: tensors for "
+           "pointers. Raises TypeError for another number of arguments, ValueError for an integer that does not fit and "
+           "RuntimeError with the driver's words.");
 
   module.def("layout", &farskip::layout, py::arg("experts").noconvert(), py::arg("num_experts"),
              "Layout of expert ids (any shape, int32 or int64, -1 for not routed): counts [num_experts] int64, and the "

@@ -1,57 +1,15 @@
 #include "status.h"
 
-#include <dlfcn.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include <new>
 #include <stdexcept>
-#include <string>
+
+#include "driver.h"
 
 namespace farskip {
 namespace {
-
-// The few driver calls that map host memory, looked up at run time: neither building nor importing needs CUDA.
-struct Driver {
-  using Result = int;
-  Result (*context_get_current)(void**);
-  Result (*host_register)(void*, std::size_t, unsigned);
-  Result (*host_unregister)(void*);
-  Result (*host_get_device_pointer)(unsigned long long*, void*, unsigned);
-  Result (*get_error_string)(Result, const char**);
-
-  // One for the process; throws std::runtime_error where there is no driver.
-  static const Driver& get() {
-    static const Driver driver;
-    return driver;
-  }
-
-  void check(Result result, const char* call) const {
-    if (result == 0) return;
-    const char* text = nullptr;
-    get_error_string(result, &text);
-    throw std::runtime_error(std::string(call) + " failed: " + (text != nullptr ? text : std::to_string(result)) + ".");
-  }
-
- private:
-  Driver() {
-    void* library = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL);
-    if (library == nullptr) {
-      throw std::runtime_error("There is no CUDA driver (libcuda.so.1) to map the status block for; install it first.");
-    }
-    find(library, "cuCtxGetCurrent", context_get_current);
-    find(library, "cuMemHostRegister_v2", host_register);
-    find(library, "cuMemHostUnregister", host_unregister);
-    find(library, "cuMemHostGetDevicePointer_v2", host_get_device_pointer);
-    find(library, "cuGetErrorString", get_error_string);
-  }
-
-  template <typename Function>
-  static void find(void* library, const char* name, Function& function) {
-    function = reinterpret_cast<Function>(dlsym(library, name));
-    if (function == nullptr) throw std::runtime_error(std::string("The CUDA driver has no ") + name + ".");
-  }
-};
 
 constexpr unsigned kPortable = 1;
 constexpr unsigned kDeviceMap = 2;

@@ -1,3 +1,6 @@
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,6 +15,10 @@ class StatusBlock:
     def map_for_device(self) -> None: ...
     def read(self) -> dict[str, int] | None: ...
     def clear(self) -> None: ...
+
+class Launch:
+    def __init__(self, function: int, threads: int, shared_bytes: int, types: Sequence[str]) -> None: ...
+    def __call__(self, stream: int, grid: tuple[int, ...], *arguments: Any) -> None: ...
 
 def layout(
     experts: NDArray[np.int32] | NDArray[np.int64], num_experts: int

@@ -196,8 +196,8 @@ class PendingSum:
         self._ticket = slots.take_ticket()
         self.output_shape = rows.shape
         self._finished = False
-        with slots.memory.beside():
-            slots.reducer.start(self._ticket.words, rows, two_shot)
+        slots.memory.follow()
+        slots.reducer.start(self._ticket.words, rows, two_shot, slots.memory.stream)
         self._mark = slots.memory.mark(slots.reducer.programs_of(rows.shape[0], two_shot))
 
     def landed(self) -> None:

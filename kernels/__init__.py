@@ -1,4 +1,4 @@
-"""Triton kernels of farskip-fused, one family a file; imports torch, triton and nothing of the package.
+"""Triton kernels of farskip-fused, one family a file; imports torch, triton and, to launch, ``farskip_fused._C``.
 
 machine.py                  compiled on a GPU, interpreted without one
 protocol.py                 the context of a symmetric buffer, bounded waits, announcements

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -340,15 +341,15 @@ class Reducer:
             self._grids[tokens, two_shot] = programs, min(wanted, max(self._finish_programs // programs, 1))
         return self._grids[tokens, two_shot]
 
-    def start(self, ticket: Tensor, rows: Tensor, two_shot: bool) -> None:
+    def start(self, ticket: Tensor, rows: Tensor, two_shot: bool, stream: torch.cuda.Stream | None) -> None:
         """Open the round and bring rows [T, H] to where they are summed; in two shots, the sums to every rank.
 
         rows: contiguous, aligned. T is the same at every rank. Launches of one context must follow one another on one
-        stream.
+        stream, this one.
         """
         tokens = rows.shape[0]
         grid = (self.programs_of(tokens, two_shot),)
-        self._start[two_shot](grid, self.context, ticket, rows, tokens, self.source_units)
+        self._start[two_shot](grid, self.context, ticket, rows, tokens, self.source_units, stream=stream)
 
     def finish(self, ticket: Tensor, rows: Tensor, residual: Tensor | None, two_shot: bool, result: Tensor) -> None:
         """Wait for the sums of all ranks' rows, add a residual where given, and release the slot.

@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import os
 import warnings
-from collections import defaultdict
 from functools import cache
 from typing import Any
 
@@ -28,43 +27,52 @@ class Busy:
     other on one stream.
     """
 
-    _count: int | None = None  # once it has ended, too
+    _told: _Told | None = None  # once it has ended, too
 
     def __init__(self, count: int) -> None:
         # It belongs to a device and a thread: autograd's has one of its own.
-        self._handle = torch.cuda.current_blas_handle()
-        self._available = _multiprocessors(torch.cuda.current_device())
-        self._all, self._count = _busy[self._handle], count
-        largest = max(self._all, default=0)
-        self._all.append(count)
-        if count > largest:
-            self._tell(count)
+        handle = torch.cuda.current_blas_handle()
+        if handle not in _by_handle:
+            device = torch.cuda.get_device_properties(torch.cuda.current_device())
+            _by_handle[handle] = _Told(handle, device.multi_processor_count)
+        self._told, self._count = _by_handle[handle], count
+        self._told.add(count)
 
     def end(self) -> None:
-        if self._count is None:
-            return
-        count, self._count = self._count, None
-        self._all.remove(count)
-        largest = max(self._all, default=0)
-        if count > largest:
-            self._tell(largest)
+        if self._told is not None:
+            told, self._told = self._told, None
+            told.remove(self._count)
 
     __del__ = end  # nobody waits any more for what was under way when something failed
 
+
+class _Told:
+    """What cuBLAS has been told for one of its handles."""
+
+    def __init__(self, handle: int, available: int) -> None:
+        self._handle, self._available = handle, available
+        self._counts: list[int] = []
+        self._largest = 0
+
+    def add(self, count: int) -> None:
+        self._counts.append(count)
+        if count > self._largest:
+            self._tell(count)
+
+    def remove(self, count: int) -> None:
+        self._counts.remove(count)
+        if count == self._largest and count not in self._counts:
+            self._tell(max(self._counts, default=0))
+
     def _tell(self, count: int) -> None:
+        self._largest = count
         target, set_target = self._available - count if count else 0, _sm_count_setter()
         if set_target is not None and (status := set_target(self._handle, target)):
             warnings.warn(f"cublasSetSmCountTarget({target}) failed with status {status}.", stacklevel=2)
 
 
-# Counts by handle; torch never destroys one, and gives that of a thread that has ended to another.
-_busy: defaultdict[int, list[int]] = defaultdict(list)
-
-
-@cache
-def _multiprocessors(device: int) -> int:
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
+# By handle; torch never destroys one, and gives that of a thread that has ended to another.
+_by_handle: dict[int, _Told] = {}
 
 
 @cache

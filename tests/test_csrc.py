@@ -1,9 +1,14 @@
-"""The compiled extension: the status block, the routing layout on the CPU, and residency on the GPU."""
+"""The compiled extension: the status block, launches, the routing layout on the CPU, and residency on the GPU."""
 
 from __future__ import annotations
 
 import ctypes
+import json
 import mmap
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -68,6 +73,76 @@ class TestStatusBlock:
             pytest.skip("this process has a CUDA context")
         with pytest.raises(RuntimeError, match="CUDA"):
             _C.StatusBlock().map_for_device()
+
+
+# In place of libcuda: a launch is written down, one on stream 13 fails. The last pointers are Triton's scratch memory.
+DRIVER = """
+long long seen[16];
+int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                   unsigned shared, void* stream, void** parameters, void** extra) {
+  long long words[] = {(long long)function, gx, gy, gz, bx, by, bz, shared, (long long)stream,
+                       *(long long*)parameters[0], *(int*)parameters[1], *(long long*)parameters[2],
+                       *(long long*)parameters[3], *(long long*)parameters[4], extra != 0};
+  for (int at = 0; at < 15; ++at) seen[at] = words[at];
+  return stream == (void*)13 ? 700 : 0;
+}
+int cuGetErrorString(int result, const char** text) { *text = "an illegal address"; return 0; }
+int cuCtxGetCurrent(void** context) { return 0; }
+int cuMemHostRegister_v2(void* page, unsigned long bytes, unsigned flags) { return 0; }
+int cuMemHostUnregister(void* page) { return 0; }
+int cuMemHostGetDevicePointer_v2(unsigned long long* there, void* page, unsigned flags) { return 0; }
+"""
+LAUNCHES = """
+import ctypes, importlib.util, sys
+from types import SimpleNamespace
+
+spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+launch = module.Launch(2**41, 512, 4096, ["*bf16", "constexpr", "i32", "i64"])
+tensor = SimpleNamespace(data_ptr=lambda: 2**40 + 16)
+
+def refusal(*arguments):
+    try:
+        launch(*arguments)
+    except Exception as error:
+        return type(error).__name__ + ": " + str(error)
+
+launch(7, (5, 2), tensor, None, -3, 2**35)
+print(list((ctypes.c_longlong * 15).in_dll(ctypes.CDLL("libcuda.so.1"), "seen")))
+print(refusal(7, (5,), tensor, None, -3))
+print(refusal(7, (5,), tensor, None, 2**31, 0))
+print(refusal(7, (5,), None, None, 1, 0))
+print(refusal(7, (5, 1, 1, 1), tensor, None, 1, 0))
+print(refusal(13, (5,), tensor, None, 1, 0))
+"""
+
+
+class TestLaunch:
+    def test_arguments_reach_the_driver_in_order_and_what_does_not_fit_is_refused(self, tmp_path):
+        compiler = shutil.which("cc") or shutil.which("gcc")
+        if compiler is None:
+            pytest.skip("needs a C compiler")
+        (tmp_path / "driver.c").write_text(DRIVER)
+        library = tmp_path / "libcuda.so.1"
+        subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "driver.c"], check=True)
+        found = subprocess.run(
+            [sys.executable, "-c", LAUNCHES, _C.__file__], env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},
+            check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        seen, *refusals = found.stdout.splitlines()
+        assert json.loads(seen) == [2**41, 5, 2, 1, 512, 1, 1, 4096, 7, 2**40 + 16, -3, 2**35, 0, 0, 0]
+        assert refusals == [
+            "TypeError: The kernel takes 4 arguments and got 3.",
+            "ValueError: An argument is 2147483648 and the kernel takes 32 bits of it.",
+            "AttributeError: 'NoneType' object has no attribute 'data_ptr'",
+            "ValueError: A grid has three dimensions at most.",
+            "RuntimeError: cuLaunchKernel failed: an illegal address.",
+        ]
+
+    def test_an_argument_that_no_launch_passes_is_refused(self):
+        with pytest.raises(ValueError, match="An argument is of type fp32; a launch takes pointers, i32, i64"):
+            _C.Launch(1, 32, 0, ["*i64", "fp32"])
 
 
 class TestLayout:

@@ -88,20 +88,24 @@ class SymmetricMemory(ABC):
         self.puts = launch if ranks else None
         self.by_put = any(self.gather(bool(ranks)))
 
-    @contextmanager
-    def beside(self) -> Iterator[None]:
-        """Launch what follows on the communication stream, after what this stream has been given so far.
+    def follow(self) -> None:
+        """Let the communication stream wait for what this stream has been given so far.
 
         The memory's device must be the current one, as it is for whatever launches kernels.
         """
+        if self.stream is not None:
+            # torch.cuda's wait_stream does the same and looks the device up in Python each time.
+            given = torch.Event(self.device)
+            given.record()
+            given.wait(self.stream)
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Launch what comes within on the communication stream, which follows this one."""
+        self.follow()
         if self.stream is None:
             yield
             return
-        # torch.cuda's stream, wait_stream and Event do the same and look the device up in Python each time, which is a
-        # third of the Python calls of an all-reduce.
-        given = torch.Event(self.device)
-        given.record()
-        given.wait(self.stream)
         current = torch.cuda.current_stream(self.device)
         torch.cuda.set_stream(self.stream)
         try:

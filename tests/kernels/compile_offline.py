@@ -260,7 +260,7 @@ def exchange_steps(dtype: torch.dtype) -> Iterator[tuple[str, Step]]:
         for addends in (rows, torch.empty(TOKENS, HIDDEN - 2, dtype=dtype), torch.empty(TOKENS, HIDDEN)):
             shape = addends.shape[1], addends.itemsize
             reducer = all_reduce.Reducer(context, 4, 8, MULTIPROCESSORS, 4096, *shape, paced)
-            a = (reducer.start, context, addends, two_shot)
+            a = (reducer.start, context, addends, two_shot, None)
             yield f"{paced=} {two_shot=}", lambda a=a: a[0](*a[1:])
             for residual in (None, addends) if not paced else ():
                 a = (reducer.finish, context, addends, residual, two_shot, torch.empty_like(addends))

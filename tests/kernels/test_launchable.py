@@ -1,6 +1,7 @@
 """Launches find the compiled form that Triton would take."""
 
 import re
+from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from farskip_fused import _C
 from farskip_fused.kernels import launchable
 
 
@@ -31,11 +33,15 @@ class Compiles:
             self.compiled.append((arguments, constants))
             form = len(self.compiled)
 
-            class Compiled:
+            class Compiled(SimpleNamespace):
                 def __getitem__(_, grid):
                     return lambda *values: self.launched.append((form, grid, values))
 
-            return Compiled()
+            off = dict.fromkeys(("launch_cooperative_grid", "launch_pdl"), False)
+            sizes = {"num_ctas": 1, "num_warps": 4, "shared": 1024, "global_scratch_size": 0, "profile_scratch_size": 0}
+            types = {"values": "*fp32", "count": "i32", "SIZE": "constexpr", "KEEP": "constexpr"}
+            source = SimpleNamespace(signature=types)
+            return Compiled(function=form, metadata=SimpleNamespace(**off, **sizes), src=source)
 
         return launch
 
@@ -43,7 +49,7 @@ class Compiles:
 @pytest.fixture
 def function(monkeypatch):
     monkeypatch.setattr(launchable, "INTERPRETED", False)
-    active = SimpleNamespace(get_current_device=lambda: 0)
+    active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 700 + device)
     monkeypatch.setattr(launchable, "driver", SimpleNamespace(active=active))
     return Compiles()
 
@@ -145,23 +151,46 @@ def test_whatever_is_launched_is_a_kernel(path):
     assert launched == decorated
 
 
-def test_launches_of_one_form_look_at_the_first_arguments_alone(function, without_gpu):
+@pytest.fixture
+def prepared(monkeypatch):
+    """What launches that were prepared were made of and given."""
+    calls = []
+
+    def prepare(*made):
+        calls.append(made)
+        return lambda *given: calls.append(given)
+
+    monkeypatch.setattr(_C, "Launch", prepare)
+    return calls
+
+
+def test_launches_of_one_form_look_at_the_first_arguments_alone(function, without_gpu, prepared):
     kernel = launchable.Kernel(function)
     launch = kernel.of_one_form(SIZE=8, KEEP=True)
     values, others = torch.empty(16), torch.empty(16)
     assert launchable.compile_ahead(lambda: launch((1,), values, 32), torch.device("cuda"))
     assert function.ahead == [(32, 8)]
-    assert function.compiled == []
+    assert function.compiled == prepared == []
     launch((3,), values, 32)
-    kernel[(4,)](others, 48, SIZE=8, KEEP=True)
+    assert len(function.compiled) == 1
+    assert prepared.pop() == (1, 128, 1024, ["*fp32", "i32"])
     launch((5, 2), others, 33)
-    assert len(function.compiled) == 1
-    assert function.launched == [(1, (4, 1, 1), (others, 48, 8, True)), (1, (5, 2, 1), (others, 33, 8, True))]
+    launch((6,), others, 34, stream=SimpleNamespace(cuda_stream=900))
+    assert prepared == [(700, (5, 2), others, 33), (900, (6,), others, 34)]
     assert not launchable.compile_ahead(lambda: launch((1,), values, 32), torch.device("cuda"))
-    assert len(function.launched) == 2
-    launch((6,), values, 32)
-    assert function.launched[2] == (1, (6, 1, 1), (values, 32, 8, True))
+    assert len(prepared) == 2
+    launch((7,), values, 32)
+    assert prepared[2] == (700, (7,), values, 32)
     assert len(function.compiled) == 1
+    assert function.launched == []
+
+
+def test_the_first_launch_of_one_form_is_on_the_stream_that_is_given(function, prepared, monkeypatch):
+    streams = []
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: streams.append(stream) or nullcontext())
+    launch = launchable.Kernel(function).of_one_form(SIZE=8, KEEP=True)
+    launch((1,), torch.empty(16), 32, stream="communication")
+    assert streams == ["communication"]
 
 
 def test_constants_among_the_arguments_are_refused(function):

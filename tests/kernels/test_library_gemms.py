@@ -1,5 +1,6 @@
 import ctypes
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,10 +24,11 @@ def told(monkeypatch):
 
     told = Told()
     monkeypatch.setattr(library_gemms, "_sm_count_setter", lambda: lambda *call: told.append(call))
-    monkeypatch.setattr(library_gemms, "_multiprocessors", lambda device: 132)
+    gpu = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: told.handle)
-    library_gemms._busy.clear()
+    monkeypatch.setattr(library_gemms, "_by_handle", {})
     return told
 
 
