@@ -233,19 +233,22 @@ def vllm(folder: Path) -> str:
     results = [result for several in (False, True) for result in find("vllm-.*", several=several, folder=folder)]
     for result in results:
         points = result.report["points"]
+        # Reports of before there was a choice do not say.
+        busy = result.report.get("gpu_time", False)
+        what, option, digits = ("ms that a GPU is busy", " --gpu-time", 2) if busy else ("ms", "", 1)
         lines = []
         for point in points:
             variants = point["variants"]
             fastest = _fastest(variants)
-            times = {name: _bold(f"{variants[name]['ms']:.1f}", name == fastest) for name in VARIANTS}
-            texts = [f"{ms} ± {variants[name]['spread_ms']:.1f}" for name, ms in times.items()]
+            times = {name: _bold(f"{variants[name]['ms']:.{digits}f}", name == fastest) for name in VARIANTS}
+            texts = [f"{ms} ± {variants[name]['spread_ms']:.{digits}f}" for name, ms in times.items()]
             phase = f"{point['new_tokens']} decode steps" if point["new_tokens"] else "prefill"
             lines.append([_title(point["model"]), f"{point['batch']} x {point['prompt']}", phase, *texts])
         models = " ".join(_unique(point["model"] for point in points))
         split = f" --ranks {result.gpus}" if result.gpus > 1 else ""
         caption = (
-            f"{_on([result])}: `farskip bench vllm {models}{split}`, CUDA graphs on, {result.report['layers']} layers,"
-            f" dummy weights, one run. ms ± spread. {BOLD}"
+            f"{_on([result])}: `farskip bench vllm {models}{split}{option}`, CUDA graphs on,"
+            f" {result.report['layers']} layers, dummy weights, one run. {what} ± spread. {BOLD}"
         )
         parts.append(_with_caption(caption, ("model", "prompts", "phase", *VARIANTS.values()), lines))
     return _joined(parts)

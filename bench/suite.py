@@ -58,8 +58,9 @@ def parts(gpus: int) -> list[Part]:
             ("nvshmem", "mps"),
         ),
         Part("fused", 1, "fused-4-ranks", (*CLI, "fused", v2_lite, *side_by_side), 7, ("nvshmem", "mps")),
-        *(Part("vllm", 1, f"vllm-{short}", (*CLI, "vllm", name), 15, ("vllm",)) for short, name in MODELS.items()),
     ]  # fmt: skip
+    for short, name in MODELS.items():
+        found += _in_vllm(short, (*CLI, "vllm", name), 1, ("vllm",))
     for world in WORLDS:
         ranks = ("--ranks", str(world))
         splits = ("--sms", "20", "--sms", "8", "--tokens", "4096", "--tokens", "128")
@@ -76,11 +77,19 @@ def parts(gpus: int) -> list[Part]:
                 Part("layer", world, f"layer-{short}", (*layer, *stores), 8, ("nvshmem",)),
                 Part("layer", world, f"layer-{short}-tokens", (*layer, *sizes), 8, ("nvshmem",)),
                 Part("layer", world, f"layer-{short}-ib400", (*layer, *puts), 8, ("nvshmem",)),
-                Part("vllm", world, f"vllm-{short}", (*CLI, "vllm", name, *ranks), 15, ("vllm", "nvshmem")),
+                *_in_vllm(short, (*CLI, "vllm", name, *ranks), world, ("vllm", "nvshmem")),
             ]
     recovery = ("-m", "farskip_fused.bench.recovery", "--seconds", "3600", "--write", "docs")
     found.append(Part("recovery", 1, "recovery", recovery, 80, ("transformers",)))
     return [part for part in found if part.gpus <= gpus]
+
+
+def _in_vllm(short: str, command: tuple[str, ...], gpus: int, needs: tuple[str, ...]) -> list[Part]:
+    """How long a model's requests take, and how long GPUs are busy with them."""
+    return [
+        Part("vllm", gpus, f"vllm-{short}", command, 15, needs),
+        Part("vllm", gpus, f"vllm-{short}-gpu", (*command, "--gpu-time", "--rounds", "5"), 15, needs),
+    ]
 
 
 def missing_for(part: Part) -> str | None:

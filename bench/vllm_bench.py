@@ -6,6 +6,11 @@ variants in random order with the same prompts: what disturbs the host for a whi
 point, not in all of one. Engines of several ranks have logical processors of their own, since their workers spin for a
 second before they sleep. CUDA graphs are on, prefix caching is off. Several GPUs are tensor-parallel ranks with the
 experts split over them, as vLLM's --tensor-parallel-size with --enable-expert-parallel.
+
+Eight layers often wait for the processor, and engines that do the same then differ by a third. ``gpu_time`` asks
+instead how long the GPU is busy: what is left of a request's time where nothing waits for the processor, but for how
+several prompts fall into steps. Of each request it is that of the rank which waits for the others least, since a rank's
+waits are kernels, too.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from typing import Any, NamedTuple
 
 from farskip_fused.bench.report import environment, open_console
 from farskip_fused.bench.timing import summarise
+from farskip_fused.bench.vllm_gpu_time import GpuTime
 from farskip_fused.connectivity import Connectivity
 from farskip_fused.errors import UsageError
 from farskip_fused.record import CLASS_PREFIX, TYPE_PREFIX, to_record
@@ -78,10 +84,13 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def run(models: list[str], rounds: int = ROUNDS, ranks: int = 1, seconds: float | None = None) -> dict[str, Any]:
+def run(
+    models: list[str], rounds: int = ROUNDS, ranks: int = 1, seconds: float | None = None, gpu_time: bool = False
+) -> dict[str, Any]:
     """Measure every point of the models; UsageError for an unknown model and without vLLM or as many GPUs.
 
     seconds: no round of a model begins later than that after its engines have started, beyond the second measured one.
+    gpu_time: how long the GPU is busy, instead of how long a request takes.
     """
     unknown = [name for name in models if name not in MODELS]
     if unknown:
@@ -94,8 +103,8 @@ def run(models: list[str], rounds: int = ROUNDS, ranks: int = 1, seconds: float 
     if (gpus := torch.cuda.device_count()) < ranks:
         raise UsageError(f"--ranks {ranks} needs as many GPUs and there are {gpus}; ask for fewer.")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    points = [cell for model in models for cell in _measure_model(model, rounds, ranks, seconds)]
-    return {"environment": environment(), "ranks": ranks, "layers": LAYERS, "points": points}
+    points = [cell for model in models for cell in _measure_model(model, rounds, ranks, seconds, gpu_time)]
+    return {"environment": environment(), "ranks": ranks, "layers": LAYERS, "gpu_time": gpu_time, "points": points}
 
 
 def config_of(model: str, variant: str) -> dict[str, Any]:
@@ -110,14 +119,14 @@ def config_of(model: str, variant: str) -> dict[str, Any]:
     }
 
 
-def _measure_model(model: str, rounds: int, ranks: int, seconds: float | None) -> list[dict[str, Any]]:
+def _measure_model(model: str, rounds: int, ranks: int, seconds: float | None, gpu_time: bool) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         processors = sorted(os.sched_getaffinity(0))
         share = len(processors) // len(VARIANTS)
         engines = {}
         for at, variant in enumerate(VARIANTS):
             own = processors[at * share :][:share] if ranks > 1 and share else processors
-            engines[variant] = _Engine(model, variant, Path(folder), ranks, own)
+            engines[variant] = _Engine(model, variant, Path(folder), ranks, own, gpu_time)
         try:
             for engine in engines.values():
                 engine.answer()  # it has started
@@ -138,7 +147,9 @@ def _measure_model(model: str, rounds: int, ranks: int, seconds: float | None) -
 class _Engine:
     """vLLM in a process of its own, which takes the time of its requests."""
 
-    def __init__(self, model: str, variant: str, folder: Path, ranks: int, processors: list[int]) -> None:
+    def __init__(
+        self, model: str, variant: str, folder: Path, ranks: int, processors: list[int], gpu_time: bool
+    ) -> None:
         self.name = f"{model}, {variant}"
         path = folder / f"{model}-{variant}"
         path.mkdir()
@@ -157,14 +168,16 @@ class _Engine:
             "enable_expert_parallel": ranks > 1,
             "additional_config": {} if variant == "stock" else {"farskip_experts": True},
         }
+        if gpu_time:
+            settings["worker_extension_cls"] = f"{GpuTime.__module__}.{GpuTime.__name__}"
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()  # closed, it ends the engine
-        self._process = context.Process(target=_serve, args=(theirs, settings, processors))
+        self._process = context.Process(target=_serve, args=(theirs, settings, processors, gpu_time))
         self._process.start()
         theirs.close()
 
-    def elapsed(self, prompts: list[list[int]], new_tokens: int) -> float:
-        """ms from the request to all of its tokens."""
+    def ms_of(self, prompts: list[list[int]], new_tokens: int) -> float:
+        """ms from the request to all of its tokens, or that the GPU is busy with it."""
         with suppress(BrokenPipeError):  # the process is gone; ``answer`` says how
             self.pipe.send((prompts, new_tokens))
         return self.answer()
@@ -190,7 +203,7 @@ class _Engine:
         self._process.join()
 
 
-def _serve(pipe: Any, settings: dict[str, Any], processors: list[int]) -> None:
+def _serve(pipe: Any, settings: dict[str, Any], processors: list[int], gpu_time: bool) -> None:
     """Answer requests until the pipe is closed: first, when the engine has started, then each when it is done."""
     os.setsid()  # a group of its own, which ends as a whole
     os.sched_setaffinity(0, processors)
@@ -203,9 +216,12 @@ def _serve(pipe: Any, settings: dict[str, Any], processors: list[int]) -> None:
         while True:
             prompts, new_tokens = pipe.recv()
             how = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+            if gpu_time:
+                engine.collective_rpc("farskip_begin_trace")
             start = time.perf_counter()
             engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], how, use_tqdm=False)
-            pipe.send((time.perf_counter() - start) * 1e3)
+            elapsed = (time.perf_counter() - start) * 1e3
+            pipe.send(min(engine.collective_rpc("farskip_busy_ms")) if gpu_time else elapsed)
     except (EOFError, BrokenPipeError):
         pass
     except Exception:
@@ -228,11 +244,11 @@ def _measure(
         for point, of_variant in times.items():
             prompts = [[draw.randrange(10, vocabulary) for _ in range(point.prompt)] for _ in range(point.batch)]
             for variant in draw.sample(list(engines), len(engines)):
-                elapsed = engines[variant].elapsed(prompts, 1 + point.new_tokens)
+                ms = engines[variant].ms_of(prompts, 1 + point.new_tokens)
                 if point.new_tokens:
-                    elapsed -= engines[variant].elapsed(prompts, 1)
+                    ms -= engines[variant].ms_of(prompts, 1)
                 if number >= 0:
-                    of_variant[variant].append(elapsed)
+                    of_variant[variant].append(ms)
     return times
 
 
@@ -241,8 +257,9 @@ def render(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = open_console(report)
-    console.print(f"{report['ranks']} GPUs, {report['layers']} layers")
-    table = Table("model", "batch", "prompt", "phase", "variant", "ms", "± ms", "tokens/s", "of stock")
+    what, second = ("a GPU is busy", "busy s") if report["gpu_time"] else ("from a request to its tokens", "s")
+    console.print(f"{report['ranks']} GPUs, {report['layers']} layers; ms: {what}")
+    table = Table("model", "batch", "prompt", "phase", "variant", "ms", "± ms", f"tokens/{second}", "of stock")
     for cell in report["points"]:
         tokens = cell["batch"] * (cell["new_tokens"] or cell["prompt"])
         phase = f"{cell['new_tokens']} decode steps" if cell["new_tokens"] else "prefill"

@@ -14,8 +14,7 @@ Launch::Launch(std::uintptr_t function, unsigned threads, unsigned shared_bytes,
   Driver::get();
 }
 
-void Launch::operator()(std::uintptr_t stream, const std::array<unsigned, 3>& grid,
-                        std::vector<int64_t>& values) const {
+void Launch::operator()(std::uintptr_t stream, const std::array<unsigned, 3>& grid, std::vector<int64_t> values) const {
   // Triton's kernels end with one or two pointers to scratch memory, by its version, which are null where none is used.
   // The driver takes as many parameters as the function has.
   static int64_t no_scratch = 0;

@@ -20,7 +20,7 @@ class Launch {
 
   // values: of the arguments that are not left out, in order. stream: CUstream. Throws std::runtime_error with the
   // driver's words.
-  void operator()(std::uintptr_t stream, const std::array<unsigned, 3>& grid, std::vector<int64_t>& values) const;
+  void operator()(std::uintptr_t stream, const std::array<unsigned, 3>& grid, std::vector<int64_t> values) const;
 
  private:
   void* function_;

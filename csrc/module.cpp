@@ -77,6 +77,17 @@ Launch make_launch(std::uintptr_t function, unsigned threads, unsigned shared_by
   return Launch(function, threads, shared_bytes, std::move(arguments));
 }
 
+// An integer of Python's; ValueError where it is none, or none of that type.
+template <typename Integer>
+Integer integer(const py::handle& given, const char* what) {
+  try {
+    return given.cast<Integer>();
+  } catch (const py::cast_error&) {
+    throw py::value_error(std::string(what) + " is " + py::repr(given).cast<std::string>() +
+                          ", which is no integer of " + std::to_string(8 * sizeof(Integer)) + " bits.");
+  }
+}
+
 int64_t value_of(const py::handle& argument, Argument kind) {
   if (kind == Argument::kPointer) {
     static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
@@ -84,11 +95,8 @@ int64_t value_of(const py::handle& argument, Argument kind) {
     if (!address) throw py::error_already_set();
     return static_cast<int64_t>(address.cast<std::uintptr_t>());
   }
-  const int64_t value = argument.cast<int64_t>();
-  if (kind == Argument::kInt32 && value != static_cast<int32_t>(value)) {
-    throw py::value_error("An argument is " + std::to_string(value) + " and the kernel takes 32 bits of it.");
-  }
-  return value;
+  if (kind == Argument::kInt32) return integer<int32_t>(argument, "An argument");
+  return integer<int64_t>(argument, "An argument");
 }
 
 void launch(const Launch& kernel, std::uintptr_t stream, const py::tuple& grid, const py::args& given) {
@@ -99,14 +107,16 @@ void launch(const Launch& kernel, std::uintptr_t stream, const py::tuple& grid, 
   }
   if (grid.size() > 3) throw py::value_error("A grid has three dimensions at most.");
   std::array<unsigned, 3> programs = {1, 1, 1};
-  for (std::size_t axis = 0; axis < grid.size(); ++axis) programs[axis] = grid[axis].cast<unsigned>();
+  for (std::size_t axis = 0; axis < grid.size(); ++axis) {
+    programs[axis] = integer<unsigned>(grid[axis], "A grid's dimension");
+  }
   std::vector<int64_t> values;
   values.reserve(kinds.size());
   for (std::size_t at = 0; at < kinds.size(); ++at) {
     if (kinds[at] != Argument::kLeftOut) values.push_back(value_of(given[at], kinds[at]));
   }
   py::gil_scoped_release release;  // it waits where the stream has no room
-  kernel(stream, programs, values);
+  kernel(stream, programs, std::move(values));
 }
 
 #ifdef FARSKIP_CUDA
@@ -129,8 +139,8 @@ void checked_hold(std::uintptr_t stream, int64_t blocks, int64_t microseconds, b
 PYBIND11_MODULE(_C, module) {
   using farskip::Launch;
   using farskip::StatusBlock;
-  module.doc() = "What Triton cannot do: host-visible status, launches without Python, routing layout on the CPU, residency on the "
-                 "GPU.";
+  module.doc() = "What Triton cannot do: host-visible status, launches that cost little, routing layout on the CPU, "
+                 "residency on the GPU.";
 
   py::class_<StatusBlock>(module, "StatusBlock",
                           "A page of host memory where kernels report an expired wait: seven 64-bit words, code, rank, "
@@ -144,16 +154,16 @@ PYBIND11_MODULE(_C, module) {
       .def("read", &farskip::read_status, "The report as a dict, or None while nothing has happened.")
       .def("clear", &StatusBlock::clear, "Forget the report; no kernel may be writing.");
 
-  py::class_<Launch>(module, "Launch", "A kernel that Triton has compiled and loaded, launched without Python.")
+  py::class_<Launch>(module, "Launch", "A kernel that Triton has compiled and loaded, launched past its Python.")
       .def(py::init(&farskip::make_launch), py::arg("function"), py::arg("threads"), py::arg("shared_bytes"),
            py::arg("types"),
-           "function: its CUfunction. threads: of a block. shared_bytes: dynamic shared memory of a block. types: of the "
-           "arguments in order, as Triton names them: pointers, i32, i64, and constexpr for what is not passed. Raises "
-           "ValueError for another type and RuntimeError without a driver.")
+           "function: its CUfunction. threads: of a block. shared_bytes: dynamic shared memory of a block. types: of "
+           "the arguments in order, as Triton names them: pointers, i32, i64, and constexpr for what is not passed. "
+           "Raises ValueError for another type and RuntimeError without a driver.")
       .def("__call__", &farskip::launch, py::arg("stream"), py::arg("grid"),
-           "Launch on a CUDA stream (its handle) a grid of up to three dimensions with the arguments: tensors for "
-           "pointers. Raises TypeError for another number of arguments, ValueError for an integer that does not fit and "
-           "RuntimeError with the driver's words.");
+           "Launch on a CUDA stream (its handle), whose context is this thread's, a grid of up to three dimensions, "
+           "none empty, with the arguments, tensors for pointers. Raises TypeError for another number of arguments, "
+           "ValueError for an integer that does not fit and RuntimeError with the driver's words.");
 
   module.def("layout", &farskip::layout, py::arg("experts").noconvert(), py::arg("num_experts"),
              "Layout of expert ids (any shape, int32 or int64, -1 for not routed): counts [num_experts] int64, and the "

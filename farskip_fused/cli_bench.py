@@ -166,12 +166,13 @@ def bench_vllm(
     rounds: Annotated[int, typer.Option(min=2, help="Measurements of a point.")] = 15,
     ranks: Annotated[int, typer.Option(min=1, help="GPUs: tensor-parallel ranks, with the experts split.")] = 1,
     seconds: Annotated[float | None, typer.Option(min=0, help="For a model; fewer rounds if it takes longer.")] = None,
+    gpu_time: Annotated[bool, typer.Option("--gpu-time", help="How long the GPU is busy instead.")] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Time prefill and decode in vLLM: a stock model, the same on our expert kernels, and with FarSkip wiring."""
     from farskip_fused.bench import vllm_bench as room
 
-    result = room.run(models or list(room.MODELS), rounds, ranks, seconds)
+    result = room.run(models or list(room.MODELS), rounds, ranks, seconds, gpu_time)
     _report(room, result, json_file)
 
 

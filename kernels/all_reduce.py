@@ -344,8 +344,8 @@ class Reducer:
     def start(self, ticket: Tensor, rows: Tensor, two_shot: bool, stream: torch.cuda.Stream | None) -> None:
         """Open the round and bring rows [T, H] to where they are summed; in two shots, the sums to every rank.
 
-        rows: contiguous, aligned. T is the same at every rank. Launches of one context must follow one another on one
-        stream, this one.
+        rows: contiguous, aligned. T is the same at every rank. stream: None for the current one; the starts of one
+        context must follow one another on one stream.
         """
         tokens = rows.shape[0]
         grid = (self.programs_of(tokens, two_shot),)

@@ -40,8 +40,8 @@ class Kernel:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         return self.function[grid] if INTERPRETED else partial(self._launch, grid)
 
-    def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> tuple[Any, tuple[Any, ...]] | None:
-        """The form that was launched, and its constants' values; None where nothing was launched."""
+    def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> Any:
+        """The compiled form that was launched; None where nothing was launched."""
         key = driver.active.get_current_device(), *map(_form, arguments), *constants.items()
         found, noted = self._compiled.get(key), _noted
         if noted is not None:
@@ -51,23 +51,23 @@ class Kernel:
         if found is not None:
             compiled, values = found
             compiled[(*grid, 1, 1)[:3]](*arguments, *values)
-            return found
+            return compiled
         parameters, named = self.function.params[: len(arguments)], self.function.params[len(arguments) :]
         # The key does not tell one constant among the arguments from another.
         assert not any(each.is_constexpr for each in parameters) and all(each.is_constexpr for each in named)
         compiled = self.function[grid](*arguments, **constants)
-        if compiled is None:  # a stand-in that only compiles returns nothing
-            return None
-        found = compiled, tuple(constants.get(parameter.name, parameter.default) for parameter in named)
-        self._compiled[key] = found
-        return found
+        if compiled is not None:  # a stand-in that only compiles returns nothing
+            values = tuple(constants.get(parameter.name, parameter.default) for parameter in named)
+            self._compiled[key] = compiled, values
+        return compiled
 
     def of_one_form(self, **constants: Any) -> Callable[..., None]:
         """``launch(grid, *arguments, stream=None)`` with these constants, for arguments of one compiled form.
 
         Only the first launch looks at the arguments and goes through Triton: dtypes, addresses divisible by 16, what is
-        None and what an integer fits must be the same in all, on one device. Between a model's layers, where nothing is
-        in the processor's caches, Triton's part of a launch alone takes 60 us or more, and this 10.
+        None and what an integer fits must be the same in all, on one device, which is the current one; no grid is
+        empty. Between a model's layers, where nothing is in the processor's caches, Triton's Python is most of what a
+        launch costs (bench/NOTES.md). Its launch hooks do not see these launches.
 
         stream: torch's, None for the current one.
         """
@@ -80,9 +80,9 @@ class Kernel:
                 self.function[grid](*arguments, **constants)
             elif prepared is None or _noted is not None:
                 with nullcontext() if stream is None else torch.cuda.stream(stream):
-                    found = self._launch(grid, *arguments, **constants)
-                if found is not None:
-                    device, prepared = driver.active.get_current_device(), _prepared(found[0], len(arguments))
+                    compiled = self._launch(grid, *arguments, **constants)
+                if compiled is not None:
+                    device, prepared = driver.active.get_current_device(), _prepared(compiled, len(arguments))
             else:
                 handle = driver.active.get_current_stream(device) if stream is None else stream.cuda_stream
                 prepared(handle, grid, *arguments)
@@ -90,13 +90,17 @@ class Kernel:
         return launch
 
 
-def _prepared(compiled: Any, arguments: int) -> Launch:
-    """A compiled form that has been launched, with so many arguments before its constants."""
+def _prepared(compiled: Any, arguments: int) -> Launch | None:
+    """A compiled form that has been launched, with so many arguments before its constants.
+
+    None where it wants more than arguments, as instrumented kernels do: scratch memory, or options of a launch.
+    """
     from farskip_fused._C import Launch
 
     metadata = compiled.metadata
-    plain = metadata.num_ctas == 1 and not (metadata.launch_cooperative_grid or metadata.launch_pdl)
-    assert plain and not (metadata.global_scratch_size or metadata.profile_scratch_size)
+    names = ("launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
+    if metadata.num_ctas > 1 or any(getattr(metadata, name) for name in names):
+        return None
     types = [str(type_) for type_ in compiled.src.signature.values()][:arguments]
     return Launch(compiled.function, 32 * metadata.num_warps, metadata.shared, types)
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import farskip_fused as ff
+from farskip_fused.all_reduce import PendingSum
 from farskip_fused.kernels import protocol
+from farskip_fused.kernels.all_reduce import Reducer
 from farskip_fused.kernels.launchable import Kernel
 from farskip_fused.launch import run_ranks
 from tests.capture import capture
@@ -60,6 +62,22 @@ def test_kernels_are_loaded_for_as_many_ranks_as_there_are(monkeypatch):
     memory.world = 72
     ff.AllReduce(memory, max_tokens=20, hidden_size=33)._launch_all(ff.init(device=DEVICE))
     assert set(lanes) == {128}
+
+
+def test_a_sum_is_started_on_the_communication_stream_once_that_follows_this_one(monkeypatch):
+    calls = []
+
+    def bound(kernel, **constants):
+        return lambda *given, stream=None: calls.append((kernel.function.__name__, stream))
+
+    monkeypatch.setattr(Kernel, "of_one_form", bound)
+    memory = Mock(stream="communication")
+    memory.follow = lambda: calls.append("follow")
+    memory.mark = lambda programs: calls.append(("mark", programs))
+    rows = torch.zeros(4, 32)
+    slots = Mock(memory=memory, reducer=Reducer(torch.empty(0), 2, 1, 8, 64, 32, 4))
+    PendingSum(slots, rows, two_shot=False).finish()
+    assert calls == ["follow", ("_start_reduce", "communication"), ("mark", 1), ("_finish_reduce", None)]
 
 
 def sum_under_skew(memory, rounds, max_tokens, hidden, dtype, worst_delay):

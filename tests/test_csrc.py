@@ -112,8 +112,11 @@ launch(7, (5, 2), tensor, None, -3, 2**35)
 print(list((ctypes.c_longlong * 15).in_dll(ctypes.CDLL("libcuda.so.1"), "seen")))
 print(refusal(7, (5,), tensor, None, -3))
 print(refusal(7, (5,), tensor, None, 2**31, 0))
+print(refusal(7, (5,), tensor, None, 0, 2**63))
+print(refusal(7, (5,), tensor, None, 0, 0.5))
 print(refusal(7, (5,), None, None, 1, 0))
 print(refusal(7, (5, 1, 1, 1), tensor, None, 1, 0))
+print(refusal(7, (-1,), tensor, None, 1, 0))
 print(refusal(13, (5,), tensor, None, 1, 0))
 """
 
@@ -126,17 +129,21 @@ class TestLaunch:
         (tmp_path / "driver.c").write_text(DRIVER)
         library = tmp_path / "libcuda.so.1"
         subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "driver.c"], check=True)
+        folders = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("LD_LIBRARY_PATH"))))
         found = subprocess.run(
-            [sys.executable, "-c", LAUNCHES, _C.__file__], env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},
-            check=True, capture_output=True, text=True,
+            [sys.executable, "-c", LAUNCHES, _C.__file__], env={**os.environ, "LD_LIBRARY_PATH": folders}, check=True,
+            capture_output=True, text=True,
         )  # fmt: skip
         seen, *refusals = found.stdout.splitlines()
         assert json.loads(seen) == [2**41, 5, 2, 1, 512, 1, 1, 4096, 7, 2**40 + 16, -3, 2**35, 0, 0, 0]
         assert refusals == [
             "TypeError: The kernel takes 4 arguments and got 3.",
-            "ValueError: An argument is 2147483648 and the kernel takes 32 bits of it.",
+            "ValueError: An argument is 2147483648, which is no integer of 32 bits.",
+            "ValueError: An argument is 9223372036854775808, which is no integer of 64 bits.",
+            "ValueError: An argument is 0.5, which is no integer of 64 bits.",
             "AttributeError: 'NoneType' object has no attribute 'data_ptr'",
             "ValueError: A grid has three dimensions at most.",
+            "ValueError: A grid's dimension is -1, which is no integer of 32 bits.",
             "RuntimeError: cuLaunchKernel failed: an illegal address.",
         ]
 

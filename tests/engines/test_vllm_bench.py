@@ -38,6 +38,12 @@ def test_every_variant_is_timed_at_every_point(tiny: None) -> None:
 
 
 @pytest.mark.timeout(600)
+def test_without_a_gpu_none_is_busy(tiny: None) -> None:
+    report = vllm_bench.run(["tiny"], rounds=2, gpu_time=True)
+    assert [cell["ms"] for point in report["points"] for cell in point["variants"].values()] == [0.0] * 6
+
+
+@pytest.mark.timeout(600)
 def test_an_engine_that_does_not_start_is_named_with_its_traceback(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_bench, "TOKENS_A_STEP", -1)
     with pytest.raises(RuntimeError, match=r"(?s)The engine of tiny, stock failed:\nTraceback"):

@@ -1,7 +1,7 @@
 """Launches find the compiled form that Triton would take."""
 
 import re
-from contextlib import nullcontext
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +23,10 @@ class Compiles:
     def __init__(self):
         self.compiled, self.launched, self.ahead = [], [], []
         names = ("values", "count", "SIZE", "KEEP")
+        self.metadata = {
+            "num_ctas": 1, "num_warps": 4, "shared": 1024, "launch_cooperative_grid": False, "launch_pdl": False,
+            "global_scratch_size": 0, "profile_scratch_size": 0,
+        }  # fmt: skip
         self.params = [SimpleNamespace(name=name, default=False, is_constexpr=name.isupper()) for name in names]
 
     def warmup(self, *arguments, grid, **constants):
@@ -37,11 +41,9 @@ class Compiles:
                 def __getitem__(_, grid):
                     return lambda *values: self.launched.append((form, grid, values))
 
-            off = dict.fromkeys(("launch_cooperative_grid", "launch_pdl"), False)
-            sizes = {"num_ctas": 1, "num_warps": 4, "shared": 1024, "global_scratch_size": 0, "profile_scratch_size": 0}
             types = {"values": "*fp32", "count": "i32", "SIZE": "constexpr", "KEEP": "constexpr"}
             source = SimpleNamespace(signature=types)
-            return Compiled(function=form, metadata=SimpleNamespace(**off, **sizes), src=source)
+            return Compiled(function=form, metadata=SimpleNamespace(**self.metadata), src=source)
 
         return launch
 
@@ -186,11 +188,37 @@ def test_launches_of_one_form_look_at_the_first_arguments_alone(function, withou
 
 
 def test_the_first_launch_of_one_form_is_on_the_stream_that_is_given(function, prepared, monkeypatch):
-    streams = []
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: streams.append(stream) or nullcontext())
+    launched_on, current = [], ["current"]
+
+    @contextmanager
+    def stream(given):
+        current.append(given)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    kernel = launchable.Kernel(function)
+    compile_form = Compiles.__getitem__
+    monkeypatch.setattr(
+        Compiles, "__getitem__", lambda self, grid: launched_on.append(current[-1]) or compile_form(self, grid)
+    )
+    kernel.of_one_form(SIZE=8, KEEP=True)((1,), torch.empty(16), 32, stream="communication")
+    kernel.of_one_form(SIZE=16, KEEP=True)((1,), torch.empty(16), 32)
+    assert launched_on == ["communication", "current"]
+
+
+@pytest.mark.parametrize(
+    "wants", [{"num_ctas": 2}, {"launch_pdl": True}, {"global_scratch_size": 128}, {"profile_scratch_size": 8}], ids=str
+)
+def test_what_takes_more_than_its_arguments_is_launched_by_triton_every_time(function, prepared, wants):
+    function.metadata |= wants
     launch = launchable.Kernel(function).of_one_form(SIZE=8, KEEP=True)
-    launch((1,), torch.empty(16), 32, stream="communication")
-    assert streams == ["communication"]
+    values = torch.empty(16)
+    launch((1,), values, 32)
+    launch((2,), values, 32)
+    assert prepared == []
+    assert len(function.compiled) == 1
+    assert function.launched == [(1, (2, 1, 1), (values, 32, 8, True))]
 
 
 def test_constants_among_the_arguments_are_refused(function):
