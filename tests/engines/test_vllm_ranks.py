@@ -17,7 +17,9 @@ SYMBOLS = {
     "farskip_fused::all_reduce_start": "S",
     "farskip_fused::all_reduce_finish": "F",
     "farskip_fused::reference_experts": "E",
-    "c10d::allreduce_": "V",  # vLLM's sum
+    # vLLM's sum; through shared memory where the processor has AVX-512.
+    "c10d::allreduce_": "V",
+    "_C::shm_allreduce": "V",
 }
 # Attention's sum is under way while the experts run, theirs while the next layer's attention runs. The last layer's
 # experts have no attention after them, so vLLM sums their output as ever; the embeddings and the dense layer's, too.
