@@ -197,8 +197,8 @@ class PendingSum:
         self.output_shape = rows.shape
         self._finished = False
         slots.memory.follow()
-        slots.reducer.start(self._ticket.words, rows, two_shot, slots.memory.stream)
-        self._mark = slots.memory.mark(slots.reducer.programs_of(rows.shape[0], two_shot))
+        programs = slots.reducer.start(self._ticket.words, rows, two_shot, slots.memory.stream)
+        self._mark = slots.memory.mark(programs)
 
     def landed(self) -> None:
         """Let this stream wait until ``start``'s kernel has run.

@@ -327,12 +327,11 @@ class Reducer:
         }
         self._grids: dict[tuple[int, bool], tuple[int, int]] = {}
 
-    def programs_of(self, tokens: int, two_shot: bool) -> int:
-        """How many share the rows; the same at every rank, since each flag is one program's."""
-        return self._grid(tokens, two_shot)[0]
-
     def _grid(self, tokens: int, two_shot: bool) -> tuple[int, int]:
-        """Programs that share the rows, and into how many pieces their shares are cut where the sums are taken."""
+        """Programs that share the rows, and into how many pieces their shares are cut where the sums are taken.
+
+        The same programs at every rank, since each flag is one program's.
+        """
         if (tokens, two_shot) not in self._grids:
             units = tokens * self._units_of_row
             part = ceil_div(units, self._world) if two_shot else units
@@ -341,15 +340,18 @@ class Reducer:
             self._grids[tokens, two_shot] = programs, min(wanted, max(self._finish_programs // programs, 1))
         return self._grids[tokens, two_shot]
 
-    def start(self, ticket: Tensor, rows: Tensor, two_shot: bool, stream: torch.cuda.Stream | None) -> None:
+    def start(self, ticket: Tensor, rows: Tensor, two_shot: bool, stream: torch.cuda.Stream | None) -> int:
         """Open the round and bring rows [T, H] to where they are summed; in two shots, the sums to every rank.
+
+        Returns how many programs do it, each on a multiprocessor.
 
         rows: contiguous, aligned. T is the same at every rank. stream: None for the current one; the starts of one
         context must follow one another on one stream.
         """
         tokens = rows.shape[0]
-        grid = (self.programs_of(tokens, two_shot),)
-        self._start[two_shot](grid, self.context, ticket, rows, tokens, self.source_units, stream=stream)
+        programs, _ = self._grid(tokens, two_shot)
+        self._start[two_shot]((programs,), self.context, ticket, rows, tokens, self.source_units, stream=stream)
+        return programs
 
     def finish(self, ticket: Tensor, rows: Tensor, residual: Tensor | None, two_shot: bool, result: Tensor) -> None:
         """Wait for the sums of all ranks' rows, add a residual where given, and release the slot.

@@ -52,20 +52,20 @@ class _Told:
     def __init__(self, handle: int, available: int) -> None:
         self._handle, self._available = handle, available
         self._counts: list[int] = []
-        self._largest = 0
 
     def add(self, count: int) -> None:
+        largest = max(self._counts, default=0)
         self._counts.append(count)
-        if count > self._largest:
+        if count > largest:
             self._tell(count)
 
     def remove(self, count: int) -> None:
         self._counts.remove(count)
-        if count == self._largest and count not in self._counts:
-            self._tell(max(self._counts, default=0))
+        largest = max(self._counts, default=0)
+        if count > largest:
+            self._tell(largest)
 
     def _tell(self, count: int) -> None:
-        self._largest = count
         target, set_target = self._available - count if count else 0, _sm_count_setter()
         if set_target is not None and (status := set_target(self._handle, target)):
             warnings.warn(f"cublasSetSmCountTarget({target}) failed with status {status}.", stacklevel=2)
